@@ -1,0 +1,131 @@
+"""All configuration: frozen dataclasses, resolved once. The only reader of the environment.
+
+Environment variables (all of them):
+  HAYAI_HOME     folder of downloaded models and caches (default: ~/.cache/hayai)
+  HAYAI_THREADS  default number of compute threads
+  HAYAI_ISA      lower the instruction set for tests: 'scalar', 'avx2', 'avx512' (never raises it)
+  HAYAI_DATA     folder of evaluation data
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hayai.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the environment says, read once."""
+
+    home: Path
+    threads: int | None
+    isa: str | None
+    data: Path | None
+
+
+def read_environment(env: Mapping[str, str] | None = None) -> Environment:
+    """Read the HAYAI_* variables; an unknown one or a bad value is a ConfigError."""
+    env = os.environ if env is None else env
+    known = {"HAYAI_HOME", "HAYAI_THREADS", "HAYAI_ISA", "HAYAI_DATA"}
+    unknown = sorted(k for k in env if k.startswith("HAYAI_") and k not in known)
+    if unknown:
+        raise ConfigError(f"unknown environment variable {unknown[0]}; known: {', '.join(sorted(known))}")
+    threads = env.get("HAYAI_THREADS")
+    if threads is not None and not (threads.isdigit() and 1 <= int(threads) <= 1024):
+        raise ConfigError(f"HAYAI_THREADS must be a number from 1 to 1024: {threads!r}")
+    isa = env.get("HAYAI_ISA")
+    if isa is not None and isa not in ("scalar", "avx2", "avx512"):
+        raise ConfigError(f"HAYAI_ISA must be scalar, avx2 or avx512: {isa!r}")
+    data = env.get("HAYAI_DATA")
+    home = env.get("HAYAI_HOME") or str(Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hayai")
+    return Environment(
+        Path(home), int(threads) if threads else None, isa, Path(data) if data else None
+    )
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position settings as the file gives them (see plan.ops.RopeScaling for the kinds)."""
+
+    theta: float = 10000.0
+    rotary_dim: int = 0
+    interleaved: bool = True
+    scaling_kind: str | None = None
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model's shape, normalised: every container (GGUF, Hugging Face) is read into this.
+
+    Fields that a family does not have keep their zero. Sizes are counts of elements.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    context_length: int
+    norm_eps: float
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    act: str = "silu"
+    tied_head: bool = False
+    attention_bias: bool = False
+    # mixture of experts
+    num_experts: int = 0
+    experts_per_token: int = 0
+    num_shared_experts: int = 0
+    moe_ffn_size: int = 0
+    num_dense_layers: int = 0
+    expert_groups: int = 1
+    expert_top_groups: int = 1
+    router_score: str = "softmax"
+    router_scaling: float = 1.0
+    router_normalize: bool = True
+    # latent attention (MLA) and its sparse index
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_nope_dim: int = 0
+    qk_rope_dim: int = 0
+    value_dim: int = 0
+    index_heads: int = 0
+    index_head_dim: int = 0
+    index_topk: int = 0
+    # multi-token prediction layers
+    num_draft_layers: int = 0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run a model. `None` means: chosen at start from the model and the machine."""
+
+    model: str = "default"
+    backend: str = "cpu"
+    threads: int | None = None
+    isa: str | None = None
+    context_length: int | None = None
+    max_sequences: int = 16
+    max_step_tokens: int = 512
+    kv_tokens: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The HTTP face."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_body_bytes: int = 32 << 20
+    max_waiting: int = 256
