@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from hayai.errors import PlanError
 from hayai.plan.ops import ALL_OPS, Op
-from hayai.plan.plan import INPUTS, Buffer, CacheGroup, Dim, Plan, WeightSlot
+from hayai.plan.plan import INPUTS, OPTIONAL_INPUTS, Buffer, CacheGroup, Dim, Plan, WeightSlot
 from hayai.plan.validate import validate
 
 
@@ -30,6 +30,11 @@ class PlanBuilder:
         if self.buffers.setdefault(name, new) != new:
             raise PlanError(f"buffer {name} declared twice: {self.buffers[name]} and {new}")
         return name
+
+    def input(self, name: str) -> str:
+        """Declare one of the optional inputs of a step (plan.OPTIONAL_INPUTS)."""
+        shape, dtype = OPTIONAL_INPUTS[name]
+        return self.buffer(name, *shape, dtype=dtype)
 
     def slot(self, slot: WeightSlot) -> str:
         if self.slots.setdefault(slot.name, slot) != slot:

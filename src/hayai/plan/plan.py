@@ -21,6 +21,16 @@ INPUTS: dict[str, tuple[tuple[Dim, ...], str]] = {
 }
 """Buffers that every plan is given by the step: name -> (shape, dtype)."""
 
+OPTIONAL_INPUTS: dict[str, tuple[tuple[Dim, ...], str]] = {
+    "carry_rows": (("T",), "i32"),
+    "tree_mask": (("T", "T"), "i32"),
+}
+"""Inputs that a plan asks for by declaring them (`PlanBuilder.input`).
+
+carry_rows: for each token of this step, the row of the carry buffers (as the step before left them) that
+belongs to it.  tree_mask: see ops.Attention.
+"""
+
 
 @dataclass(frozen=True)
 class Buffer:
