@@ -1,0 +1,98 @@
+"""Byte-level BPE (GPT-2 and its descendants), on the `tokenizers` library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from hayai.errors import ModelError
+from hayai.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from hayai.text.vocab import CONTROL, PREFIX, UNKNOWN, USER_DEFINED, Vocabulary, strings, text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
+
+
+def _byte_letters() -> dict[int, str]:
+    """GPT-2's letter for each byte: itself where printable Latin-1, else the next code point from 256 on."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(kept)]
+    return {byte: chr(byte) for byte in kept} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+LETTER_OF_BYTE = _byte_letters()
+# str.translate table from letters to Latin-1, whose encoding gives the bytes back.
+_LATIN1_OF_LETTER = {ord(letter): chr(byte) for byte, letter in LETTER_OF_BYTE.items()}
+
+
+class ByteBpe:
+    """Encodes plain text (no special tokens in it) with a byte-level BPE vocabulary."""
+
+    add_space_prefix = False
+
+    def __init__(self, metadata: Mapping[str, object], vocabulary: Vocabulary) -> None:
+        pre = find_pre_tokenizer(metadata)
+        self.add_bos = pre.add_bos
+        self._library = _build(vocabulary, read_merges(metadata), pre)
+
+    def encode(self, stretch: str) -> list[int]:
+        """Ids of a stretch of valid Unicode text."""
+        ids: list[int] = self._library.encode(stretch, add_special_tokens=False).ids
+        return ids
+
+    @staticmethod
+    def piece(token: str, kind: int) -> bytes:
+        """The bytes that a token stands for."""
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN):
+            return token.encode()
+        try:
+            return token.translate(_LATIN1_OF_LETTER).encode("latin-1")
+        except UnicodeEncodeError:  # letters that stand for no byte: the token means itself
+            return token.encode()
+
+
+def find_pre_tokenizer(metadata: Mapping[str, object]) -> PreTokenizer:
+    """The pre-tokenizer that the file names; ModelError when it names none or one that is not known."""
+    name = text(metadata, "pre")
+    supported = ", ".join(sorted(PRE_TOKENIZERS))
+    if name is None:
+        raise ModelError(f"the file does not name its pre-tokenizer ({PREFIX}pre); supported: {supported}")
+    found = PRE_TOKENIZERS.get(name)
+    if found is None:
+        raise ModelError(f"unknown pre-tokenizer {name[:60]!r} in {PREFIX}pre; supported: {supported}")
+    return found
+
+
+def read_merges(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The merges in order of rank; of a pair that is listed twice the first counts."""
+    merges = strings(metadata, "merges")
+    if merges is None:
+        raise ModelError(f"a BPE vocabulary needs {PREFIX}merges; the file has none")
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    if any(len(pair) != 2 for pair in pairs):  # a left part that is itself a space, or a damaged entry
+        pairs = [_pair(i, merge) for i, merge in enumerate(merges)]
+    if len(set(pairs)) != len(pairs):
+        pairs = list(dict.fromkeys(pairs))
+    return pairs  # type: ignore[return-value]
+
+
+def _pair(index: int, merge: str) -> tuple[str, str]:
+    at = merge.find(" ", 1)
+    if at < 0 or at == len(merge) - 1:
+        raise ModelError(f"{PREFIX}merges[{index}] is not two tokens: {merge[:60]!r}")
+    return merge[:at], merge[at + 1 :]
+
+
+def _build(vocabulary: Vocabulary, merges: list[tuple[str, str]], pre: PreTokenizer) -> Library:
+    # Imported here: 10 to 25 ms that a run without text should not pay.
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    try:
+        model = models.BPE(dict(vocabulary.ids), merges, ignore_merges=pre.ignore_merges)
+    except Exception as error:
+        raise ModelError(f"the merges do not fit the vocabulary: {error}") from error
+    library = Tokenizer(model)
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.splits]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    return library

@@ -1,0 +1,139 @@
+"""Text to token ids and back, from the vocabulary in a model file.
+
+Special tokens. Control tokens (`<|im_end|>`) are found in text only where the caller says so (`special=True`),
+user-defined tokens always; both as llama.cpp does it: the longest token first over the whole text, and what lies
+between is encoded on its own.
+
+Text that is not Unicode. Python carries bytes that are not UTF-8 as lone surrogates
+(`errors="surrogateescape"`); each one is encoded as U+FFFD, which is also what llama.cpp makes of such a byte.
+Nothing raises.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from hayai.errors import ModelError
+from hayai.text.bpe import ByteBpe
+from hayai.text.special import SpecialTokens
+from hayai.text.vocab import (
+    CONTROL,
+    PREFIX,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+    flag,
+    read_vocabulary,
+    strings,
+    text,
+)
+
+
+class Encoder(Protocol):
+    """One kind of tokenizer: encodes text that holds no special tokens."""
+
+    add_bos: bool
+    add_space_prefix: bool
+
+    def encode(self, stretch: str) -> list[int]: ...
+
+    @staticmethod
+    def piece(token: str, kind: int) -> bytes: ...
+
+
+# tokenizer.ggml.model -> how to build its encoder, and the special ids that the kind implies.
+KINDS: Mapping[str, tuple[Callable[[Mapping[str, object], Vocabulary], Encoder], Mapping[str, int]]] = {
+    "gpt2": (ByteBpe, {}),
+}
+NO_VOCABULARY = ("no_vocab", "none")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Tokenizer:
+    """A model's tokenizer. Immutable; safe to use from several threads."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, encoder: Encoder, add_bos: bool, add_space_prefix: bool
+    ) -> None:
+        if add_bos and "bos" not in vocabulary.special:
+            raise ModelError(f"{PREFIX}add_bos_token is true but the file has no {PREFIX}bos_token_id")
+        self.vocabulary = vocabulary
+        self.vocab_size = len(vocabulary.tokens)
+        self.bos_id = vocabulary.special.get("bos")
+        self.eos_id = vocabulary.special.get("eos")
+        self.end_ids = vocabulary.end_ids
+        self.add_bos = add_bos
+        self.special_ids = frozenset(vocabulary.ids_of_type(CONTROL, UNKNOWN))
+        self._encoder = encoder
+        self._space_prefix = " " if add_space_prefix else ""
+        self.pieces = tuple(map(encoder.piece, vocabulary.tokens, vocabulary.types))
+        user = vocabulary.ids_of_type(USER_DEFINED)
+        self._user_tokens = SpecialTokens({vocabulary.tokens[i]: i for i in user})
+        self._all_tokens = SpecialTokens({vocabulary.tokens[i]: i for i in [*user, *self.special_ids]})
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, object]) -> Tokenizer | None:
+        """Build from `tokenizer.ggml.*` keys; None when the file holds no vocabulary.
+
+        Raises ModelError for a kind or pre-tokenizer that is not supported and for damaged vocabularies.
+        """
+        model = text(metadata, "model")
+        tokens = strings(metadata, "tokens")
+        if model is None or model in NO_VOCABULARY or not tokens:
+            return None
+        if model not in KINDS:
+            raise ModelError(
+                f"unsupported tokenizer kind {model[:60]!r} in {PREFIX}model; "
+                f"supported: {', '.join(sorted(KINDS))}"
+            )
+        build, defaults = KINDS[model]
+        vocabulary = read_vocabulary(metadata, tokens, defaults)
+        encoder = build(metadata, vocabulary)
+        return cls(
+            vocabulary,
+            encoder,
+            flag(metadata, "add_bos_token", encoder.add_bos),
+            flag(metadata, "add_space_prefix", encoder.add_space_prefix),
+        )
+
+    def encode(self, text: str, *, special: bool, bos: bool | None = None) -> list[int]:
+        """Token ids of `text`; `special`: find control tokens in it (False for what users wrote).
+
+        `bos` None adds the beginning-of-sequence token where the file asks for it. An end token is never
+        added.
+        """
+        ids: list[int] = []
+        if bos or (bos is None and self.add_bos):
+            if self.bos_id is None:
+                raise ModelError(f"a beginning token was asked for, but the file has no {PREFIX}bos_token_id")
+            ids.append(self.bos_id)
+        if not text.isascii() and _SURROGATE.search(text):
+            text = _SURROGATE.sub("\ufffd", text)
+        after_special = True
+        for part in (self._all_tokens if special else self._user_tokens).split(text):
+            if isinstance(part, int):
+                ids.append(part)
+                after_special = True
+                continue
+            ids += self._encoder.encode(self._space_prefix + part if after_special else part)
+            after_special = False
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; a control token's are its name. IndexError outside the vocabulary."""
+        if token_id < 0:
+            raise IndexError(f"token id {token_id} is negative")
+        return self.pieces[token_id]
+
+    def token(self, token_id: int) -> str:
+        """The token as the file spells it."""
+        if token_id < 0:
+            raise IndexError(f"token id {token_id} is negative")
+        return self.vocabulary.tokens[token_id]
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Text of `ids`, bytes that are not UTF-8 replaced; `special`: control tokens appear by name."""
+        skipped = frozenset() if special else self.special_ids
+        return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", "replace")
