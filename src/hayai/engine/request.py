@@ -93,21 +93,6 @@ class Logprob:
 
 
 @dataclass(frozen=True)
-class TokenEvent:
-    """One generated token of one request. The last event of a request carries `finish_reason`.
-
-    finish_reason: None, 'stop' (end token or stop id; the token itself is then not text), 'length',
-    'abort' (token_id is -1) or 'error' (token_id -1, `error` says why).
-    """
-
-    request_id: str
-    token_id: int
-    finish_reason: str | None = None
-    logprob: Logprob | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
 class RequestTiming:
     """Seconds on the monotonic clock, for usage and honest headers."""
 
@@ -118,3 +103,20 @@ class RequestTiming:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token of one request. The last event of a request carries `finish_reason`.
+
+    finish_reason: None, 'stop' (end token or stop id; the token itself is then not text), 'length',
+    'abort' (token_id is -1) or 'error' (token_id -1, `error` says why). The last event also carries the
+    request's timing as the engine saw it.
+    """
+
+    request_id: str
+    token_id: int
+    finish_reason: str | None = None
+    logprob: Logprob | None = None
+    error: str | None = None
+    timing: RequestTiming | None = None

@@ -1,0 +1,97 @@
+"""From a batch of sequences to the arrays of one step.
+
+While the same sequences decode on, the arrays and the StepInput of the last step are used again and only
+their content changes: a step is synchronous, so nobody reads them any more. For one sequence the block
+table is a view of the cache's own row and never copied.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hayai.backends.base import StepInput, TokenHistory
+from hayai.engine.kv_cache import KvCache
+from hayai.engine.scheduler import Batch
+
+
+class StepBuilder:
+    """Builds the StepInput of each batch; keeps that of the last one."""
+
+    def __init__(self, cache: KvCache) -> None:
+        self._cache = cache
+        self._batch: Batch | None = None
+        self._version = -1
+        self._slots: list[int] = []
+        self._has_histories = False
+
+    def build(self, batch: Batch) -> None:
+        """Set `batch.step`."""
+        if batch is self._batch:
+            self._refresh(batch)
+        else:
+            batch.step = self._fresh(batch)
+            self._batch = batch if batch.decode_only else None
+
+    def _refresh(self, batch: Batch) -> None:
+        step = batch.step
+        assert step is not None
+        sequences = batch.sequences
+        if len(sequences) == 1:
+            step.token_ids[0] = sequences[0].tokens[-1]
+            step.positions[0] = sequences[0].num_computed
+        else:
+            step.token_ids[:] = [s.tokens[-1] for s in sequences]
+            step.positions[:] = [s.num_computed for s in sequences]
+            if self._version != self._cache.version:
+                for group, rows in zip(self._cache.groups, self._cache.rows, strict=True):
+                    np.take(rows, self._slots, axis=0, out=step.block_tables[group.name])
+                self._version = self._cache.version
+        if self._has_histories:
+            batch.step = StepInput(
+                step.token_ids,
+                step.positions,
+                step.query_start,
+                step.block_tables,
+                step.logit_rows,
+                step.sampling,
+                _histories(batch),
+            )
+
+    def _fresh(self, batch: Batch) -> StepInput:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        query_start = [0]
+        logit_rows: list[int] = []
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            start = sequence.num_computed
+            token_ids += sequence.tokens[start : start + count]
+            positions += range(start, start + count)
+            query_start.append(len(token_ids))
+            if start + count == len(sequence.tokens):
+                logit_rows.append(len(token_ids) - 1)
+        self._slots = [s.blocks.slot for s in batch.sequences if s.blocks is not None]
+        self._version = self._cache.version
+        self._has_histories = any(s.history is not None for s in batch.samplers)
+        return StepInput(
+            token_ids=np.array(token_ids, dtype=np.int32),
+            positions=np.array(positions, dtype=np.int32),
+            query_start=np.array(query_start, dtype=np.int32),
+            block_tables=self._tables(),
+            logit_rows=np.array(logit_rows, dtype=np.int32),
+            sampling=tuple(s.row for s in batch.samplers),
+            histories=_histories(batch) if self._has_histories else (),
+        )
+
+    def _tables(self) -> dict[str, NDArray[np.int32]]:
+        slots = self._slots
+        if len(slots) == 1:
+            # A view: it follows the sequence as it grows.
+            pick = [rows[slots[0] : slots[0] + 1] for rows in self._cache.rows]
+        else:
+            pick = [rows[slots] for rows in self._cache.rows]
+        return {group.name: table for group, table in zip(self._cache.groups, pick, strict=True)}
+
+
+def _histories(batch: Batch) -> tuple[TokenHistory | None, ...]:
+    return tuple(None if s.history is None else s.history.view() for s in batch.samplers)
