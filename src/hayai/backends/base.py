@@ -85,6 +85,7 @@ class StepInput:
     positions 16b .. 16b+15; entries past the last position are ignored. logit_rows (R) int32 index
     tokens; sampling, histories and masks have R entries (histories and masks may be empty = none).
     masks[r]: packed bits (vocab/32 uint32), bit i = token i allowed; None = all.
+    carry_rows (T), tree_mask (T, T) int32: only for plans that declare these inputs (plan.OPTIONAL_INPUTS).
     """
 
     token_ids: NDArray[np.int32]
@@ -96,6 +97,8 @@ class StepInput:
     histories: tuple[TokenHistory | None, ...] = ()
     masks: tuple[NDArray[np.uint32] | None, ...] = ()
     want_logits: bool = False
+    carry_rows: NDArray[np.int32] | None = None
+    tree_mask: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)

@@ -339,6 +339,7 @@ class IndexTopk(Op):
     I(t, p) = sum_h w[t,h] * max(0, scale * <q[t,h], k_p>) for p <= own position;
     out[t] = positions of the topk largest, ascending, padded with -1; ties go to the lowest position.
     q (T, heads*head_dim), weights (T, heads), out (T, topk) int32; k from the 'index' cache group.
+    tree_mask: as in Attention.
     """
 
     q: str
@@ -350,7 +351,8 @@ class IndexTopk(Op):
     head_dim: int
     topk: int
     scale: float
-    reads = ("q", "weights")
+    tree_mask: str | None = None
+    reads = ("q", "weights", "tree_mask")
     writes = ("out",)
 
 

@@ -241,6 +241,8 @@ def _index_topk(op: ops.IndexTopk, plan: Plan) -> Expected:
     tokens = _buffer(plan, "q", op.q, 2)[0]
     yield "q", op.q, (tokens, op.num_heads * op.head_dim)
     yield "weights", op.weights, (tokens, op.num_heads)
+    if op.tree_mask is not None:
+        yield "tree_mask", op.tree_mask, (tokens, tokens)
     yield "out", op.out, (tokens, op.topk)
 
 
@@ -346,7 +348,7 @@ INTEGER_FIELDS: dict[type[ops.Op], tuple[str, ...]] = {
     ops.Rope: ("positions",),
     ops.GatherRows: ("rows",),
     ops.Attention: ("select", "tree_mask"),
-    ops.IndexTopk: ("out",),
+    ops.IndexTopk: ("tree_mask", "out"),
     ops.Route: ("ids",),
     ops.MoeLinear: ("ids",),
     ops.Sample: ("out",),
