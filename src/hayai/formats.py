@@ -37,7 +37,8 @@ class Format:
     """One weight format.
 
     decode: blocks (N, block_bytes) uint8 -> weights (N, block_elements) float32.
-    encode: the reverse, rounding to nearest as GGML's reference quantiser does; None where there is none.
+    encode: the reverse. Up to q5_1 with the bits of GGML's reference quantiser; the superblock formats are
+      rounded to nearest from each run's extremes, without GGML's search for better scales.
     ggml_type: the format's number in a GGUF file.
     """
 
@@ -46,7 +47,7 @@ class Format:
     block_bytes: int
     ggml_type: int
     decode: Callable[[Bytes], Floats]
-    encode: Callable[[Floats], Bytes] | None = None
+    encode: Callable[[Floats], Bytes]
 
     @property
     def bits_per_weight(self) -> float:
@@ -110,11 +111,8 @@ class QuantTensor:
 
     @classmethod
     def from_float(cls, array: ArrayLike, format: str) -> QuantTensor:
-        """Encode float weights of any shape. ModelError: no encoder, or a row is not whole blocks."""
+        """Encode float weights of any shape. ModelError: unknown format, or a row is not whole blocks."""
         fmt = get_format(format)
-        if fmt.encode is None:
-            able = ", ".join(f.name for f in FORMATS.values() if f.encode)
-            raise ModelError(f"there is no encoder for {format}; formats with one: {able}")
         values = np.ascontiguousarray(array, dtype=np.float32)
         shape = values.shape or (1,)
         row_bytes = fmt.row_bytes(shape[-1])
@@ -150,10 +148,23 @@ def _fields(packed: Bytes, group: int, bits: int) -> Bytes:
     return (split & np.uint8((1 << bits) - 1)).reshape(len(packed), -1)
 
 
+def _pack(codes: Bytes, group: int, bits: int) -> Bytes:
+    """The reverse of `_fields`; bits of a code above the field are dropped."""
+    fields = 8 // bits
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    split = (codes & np.uint8((1 << bits) - 1)).reshape(len(codes), -1, fields, group) << shifts
+    packed: Bytes = np.bitwise_or.reduce(split, axis=2)
+    return packed.reshape(len(codes), -1)
+
+
 def _fifth_bits(blocks: Bytes, start: int) -> Bytes:
     """q5_0, q5_1: 32 bits at byte `start` of every block -> bit 4 of 32 codes (N, 32)."""
     bits = np.unpackbits(blocks[:, start : start + 4], axis=-1, bitorder="little")
     return bits << np.uint8(4)
+
+
+def _pack_fifth_bits(codes: Bytes) -> Bytes:
+    return np.packbits(codes >> 4, axis=-1, bitorder="little")
 
 
 def _k_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
@@ -166,6 +177,13 @@ def _k_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
     scales = np.concatenate([first & 63, (third & 15) | (first >> 6 << 4)], axis=-1)
     minima = np.concatenate([second & 63, (third >> 4) | (second >> 6 << 4)], axis=-1)
     return scales, minima
+
+
+def _pack_k_scales(scales: Bytes, minima: Bytes) -> Bytes:
+    first = scales[:, :4] | (scales[:, 4:] >> 4 << 6)
+    second = minima[:, :4] | (minima[:, 4:] >> 4 << 6)
+    third = (scales[:, 4:] & 15) | (minima[:, 4:] << 4)
+    return np.concatenate([first, second, third], axis=-1)
 
 
 def _scaled(scale: Floats, codes: NDArray[np.uint8] | NDArray[np.int8]) -> Floats:
@@ -252,15 +270,6 @@ def _codes_above_minimum(values: Floats, bits: int) -> tuple[Floats, Floats, Byt
     return scale, low, np.nan_to_num(codes).clip(0, top).astype(np.uint8)
 
 
-def _nibbles(codes: Bytes) -> Bytes:
-    """Low four bits of 32 codes -> 16 bytes: weight i low, weight 16 + i high in byte i."""
-    return (codes[:, :16] & np.uint8(15)) | (codes[:, 16:] << np.uint8(4))
-
-
-def _fifth_bit_bytes(codes: Bytes) -> Bytes:
-    return np.packbits(codes >> 4, axis=-1, bitorder="little")
-
-
 def _encode_q8_0(values: Floats) -> Bytes:
     scale = np.abs(values).max(axis=-1, keepdims=True) / np.float32(127)
     scaled = values * _inverse(scale)
@@ -272,22 +281,22 @@ def _encode_q8_0(values: Floats) -> Bytes:
 
 def _encode_q4_0(values: Floats) -> Bytes:
     scale, codes = _codes_about_zero(values, 4)
-    return np.concatenate([_half_bytes(scale), _nibbles(codes)], axis=-1)
+    return np.concatenate([_half_bytes(scale), _pack(codes, 16, 4)], axis=-1)
 
 
 def _encode_q4_1(values: Floats) -> Bytes:
     scale, low, codes = _codes_above_minimum(values, 4)
-    return np.concatenate([_half_bytes(scale), _half_bytes(low), _nibbles(codes)], axis=-1)
+    return np.concatenate([_half_bytes(scale), _half_bytes(low), _pack(codes, 16, 4)], axis=-1)
 
 
 def _encode_q5_0(values: Floats) -> Bytes:
     scale, codes = _codes_about_zero(values, 5)
-    return np.concatenate([_half_bytes(scale), _fifth_bit_bytes(codes), _nibbles(codes)], axis=-1)
+    return np.concatenate([_half_bytes(scale), _pack_fifth_bits(codes), _pack(codes, 16, 4)], axis=-1)
 
 
 def _encode_q5_1(values: Floats) -> Bytes:
     scale, low, codes = _codes_above_minimum(values, 5)
-    parts = [_half_bytes(scale), _half_bytes(low), _fifth_bit_bytes(codes), _nibbles(codes)]
+    parts = [_half_bytes(scale), _half_bytes(low), _pack_fifth_bits(codes), _pack(codes, 16, 4)]
     return np.concatenate(parts, axis=-1)
 
 
@@ -340,6 +349,85 @@ def _decode_q6_k(blocks: Bytes) -> Floats:
     return _scaled(scale, codes.view(np.int8) - np.int8(32)).reshape(len(blocks), -1)
 
 
+# ---------------------------------------------------------------- superblocks, encoding
+
+
+def _runs_above_minimum(
+    values: Floats, run: int, top: int, scale_top: int
+) -> tuple[Floats, Floats, Bytes, Bytes, Bytes]:
+    """d, dmin (N, 1); scales, minima (N, runs) up to `scale_top`; codes (N, 256) up to `top`.
+
+    A run's minimum is at most 0, so that it is stored as -dmin * min with min >= 0.
+    """
+    runs = values.reshape(len(values), -1, run)
+    low = np.minimum(runs.min(axis=-1), 0)
+    step = (runs.max(axis=-1) - low).clip(0) / np.float32(top)
+    d, scales = _quantised(step, scale_top)
+    dmin, minima = _quantised(-low, scale_top)
+    shifted = runs + (dmin * minima)[:, :, None]
+    codes = np.rint(shifted * _inverse(d * scales)[:, :, None])
+    return d, dmin, scales, minima, _whole(codes, 0, top).astype(np.uint8).reshape(len(values), -1)
+
+
+def _quantised(parts: Floats, top: int) -> tuple[Floats, Bytes]:
+    """Non-negative numbers (N, runs) as d * code: d (N, 1) rounded to fp16, codes 0 .. top."""
+    d = (parts.max(axis=-1, keepdims=True) / np.float32(top)).astype(np.float16).astype(np.float32)
+    return d, _whole(np.rint(parts * _inverse(d)), 0, top).astype(np.uint8)
+
+
+def _runs_about_zero(values: Floats, middle: int, low: int, high: int) -> tuple[Floats, Floats, Bytes]:
+    """d (N, 1); whole scales (N, 16) in [low, high]; codes (N, 256) below 2 * middle, zero at middle."""
+    runs = values.reshape(len(values), 16, 16)
+    extreme = np.take_along_axis(runs, np.abs(runs).argmax(axis=-1)[:, :, None], axis=-1)[:, :, 0]
+    step = extreme / np.float32(-middle)
+    largest = np.take_along_axis(step, np.abs(step).argmax(axis=-1)[:, None], axis=-1)
+    d = (largest / np.float32(low)).astype(np.float16).astype(np.float32)
+    scales = _whole(np.rint(step * _inverse(d)), low, high)
+    codes = np.rint(runs * _inverse(d * scales)[:, :, None]) + np.float32(middle)
+    return d, scales, _whole(codes, 0, 2 * middle - 1).astype(np.uint8).reshape(len(values), -1)
+
+
+def _whole(values: Floats, low: int, high: int) -> Floats:
+    """NaN becomes 0, the rest is cut to [low, high]."""
+    return np.nan_to_num(values).clip(low, high).astype(np.float32)
+
+
+def _encode_q2_k(values: Floats) -> Bytes:
+    d, dmin, scales, minima, codes = _runs_above_minimum(values, 16, 3, 15)
+    parts = [scales | (minima << 4), _pack(codes, 32, 2), _half_bytes(d), _half_bytes(dmin)]
+    return np.concatenate(parts, axis=-1)
+
+
+def _encode_q3_k(values: Floats) -> Bytes:
+    d, scales, codes = _runs_about_zero(values, 4, -32, 31)
+    stored = (scales + 32).astype(np.uint8)
+    parts = [
+        _pack(codes >> np.uint8(2), 32, 1),
+        _pack(codes, 32, 2),
+        _pack(stored, 8, 4),
+        _pack(stored >> np.uint8(4), 4, 2),
+    ]
+    return np.concatenate([*parts, _half_bytes(d)], axis=-1)
+
+
+def _encode_q4_k(values: Floats) -> Bytes:
+    d, dmin, scales, minima, codes = _runs_above_minimum(values, 32, 15, 63)
+    parts = [_half_bytes(d), _half_bytes(dmin), _pack_k_scales(scales, minima), _pack(codes, 32, 4)]
+    return np.concatenate(parts, axis=-1)
+
+
+def _encode_q5_k(values: Floats) -> Bytes:
+    d, dmin, scales, minima, codes = _runs_above_minimum(values, 32, 31, 63)
+    parts = [_half_bytes(d), _half_bytes(dmin), _pack_k_scales(scales, minima)]
+    return np.concatenate([*parts, _pack(codes >> np.uint8(4), 32, 1), _pack(codes, 32, 4)], axis=-1)
+
+
+def _encode_q6_k(values: Floats) -> Bytes:
+    d, scales, codes = _runs_about_zero(values, 32, -128, 127)
+    packed = [_pack(codes, 64, 4), _pack(codes >> np.uint8(4), 32, 2), scales.astype(np.int8).view(np.uint8)]
+    return np.concatenate([*packed, _half_bytes(d)], axis=-1)
+
+
 # ---------------------------------------------------------------- the table
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
@@ -354,11 +442,11 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             Format("q4_1", 32, 20, 3, _decode_q4_1, _encode_q4_1),
             Format("q5_0", 32, 22, 6, _decode_q5_0, _encode_q5_0),
             Format("q5_1", 32, 24, 7, _decode_q5_1, _encode_q5_1),
-            Format("q2_k", 256, 84, 10, _decode_q2_k),
-            Format("q3_k", 256, 110, 11, _decode_q3_k),
-            Format("q4_k", 256, 144, 12, _decode_q4_k),
-            Format("q5_k", 256, 176, 13, _decode_q5_k),
-            Format("q6_k", 256, 210, 14, _decode_q6_k),
+            Format("q2_k", 256, 84, 10, _decode_q2_k, _encode_q2_k),
+            Format("q3_k", 256, 110, 11, _decode_q3_k, _encode_q3_k),
+            Format("q4_k", 256, 144, 12, _decode_q4_k, _encode_q4_k),
+            Format("q5_k", 256, 176, 13, _decode_q5_k, _encode_q5_k),
+            Format("q6_k", 256, 210, 14, _decode_q6_k, _encode_q6_k),
         )
     }
 )
