@@ -153,7 +153,8 @@ class Runner(Protocol):
 class Backend(Protocol):
     """How plans are run."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def compile(self, plans: Mapping[str, Plan], weights: WeightSource, limits: Limits) -> Runner:
         """Load weights and prepare. PlanError names an op that this backend lacks."""

@@ -190,15 +190,17 @@ class Engine:
             tokens.append(token)
             if sequence.history is not None:
                 sequence.history.add(token)
+            logprob = None if sequence.row.num_logprobs < 0 else _logprob(output, row, token)
+            timing = None
             if not sequence.first_token:
                 sequence.first_token = time.monotonic()
-            logprob = None if sequence.row.num_logprobs < 0 else _logprob(output, row, token)
+                timing = sequence.timing()
             if token in sequence.stop_ids:
                 events.append(self._finish(sequence, token, "stop", logprob))
             elif len(tokens) >= sequence.max_length:
                 events.append(self._finish(sequence, token, "length", logprob))
             else:
-                events.append(TokenEvent(sequence.request_id, token, None, logprob))
+                events.append(TokenEvent(sequence.request_id, token, None, logprob, None, timing))
         self._num_steps += 1
         self._output_tokens += len(samplers)
         if not batch.decode_only:

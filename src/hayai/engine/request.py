@@ -110,8 +110,8 @@ class TokenEvent:
     """One generated token of one request. The last event of a request carries `finish_reason`.
 
     finish_reason: None, 'stop' (end token or stop id; the token itself is then not text), 'length',
-    'abort' (token_id is -1) or 'error' (token_id -1, `error` says why). The last event also carries the
-    request's timing as the engine saw it.
+    'abort' (token_id is -1) or 'error' (token_id -1, `error` says why). The first and the last
+    event carry the request's timing as the engine saw it.
     """
 
     request_id: str

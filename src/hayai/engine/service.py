@@ -63,9 +63,9 @@ class EngineService:
         return self._thread is not None
 
     @property
-    def dead(self) -> str | None:
-        """Why no request is served any more, or None."""
-        return self._dead
+    def alive(self) -> bool:
+        """Whether requests are accepted: the engine has neither failed nor been closed."""
+        return self._dead is None and not self._closing
 
     def start(self) -> None:
         """Give the engine its own thread. Calling it again does nothing."""

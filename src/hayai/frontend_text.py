@@ -1,0 +1,156 @@
+"""From the events of one request to chunks of text: detokenise, find stops, count, cut."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hayai.engine.request import Logprob, RequestTiming, SamplingParams, TokenEvent
+from hayai.engine.service import EngineError
+from hayai.frontend_stops import StopMatcher
+from hayai.text.detokenizer import Detokenizer
+from hayai.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request. completion_tokens: those that the caller got, without the end token and without
+    what was cut at a stop string. cached_tokens: part of the prompt that was not computed again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """A piece of an answer. Every token appears in exactly one chunk, with its log-probability if asked.
+
+    Text of a token may come a chunk later than its id (half a UTF-8 sequence). The last chunk has a
+    `finish_reason` ('stop', 'length' or 'abort'), usage and timing; `stop` is the stop string that ended it.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprob, ...] = ()
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    timing: RequestTiming | None = None
+    stop: str | None = None
+
+
+class TextAssembler:
+    """Turns the events of one request into chunks. The only place where text is made.
+
+    tokenizer None: a model without a vocabulary, whose chunks have tokens and no text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_tokens: int, arrived: float
+    ) -> None:
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
+        self._matcher = StopMatcher(params.stop) if params.stop else None
+        self._timing = RequestTiming(arrived, prompt_tokens=prompt_tokens)
+        self._waiting: deque[tuple[int, TokenEvent]] = deque()  # (where its text starts, token)
+        self._decoded = 0  # characters made so far
+        self._shown = 0  # characters given out so far
+        self._num_tokens = 0  # tokens given out so far
+        self.finished = False
+        """The last chunk was given out."""
+        self.engine_finished = False
+        """The engine is done with the request too: there is nothing to abort."""
+
+    def push(self, event: TokenEvent) -> TextChunk | None:
+        """The chunk that this event completes, if any. EngineError when the engine failed."""
+        if event.timing is not None:
+            self._timing = event.timing
+        if event.finish_reason is not None:
+            self.engine_finished = True
+            return self._last(event)
+        if self._matcher is not None:
+            return self._match(event, self._matcher)
+        self._num_tokens += 1
+        logprob = event.logprob
+        return TextChunk(
+            self._decode(event.token_id), (event.token_id,), () if logprob is None else (logprob,)
+        )
+
+    def _decode(self, token_id: int) -> str:
+        # A model may have more rows than the vocabulary has tokens (padding): those mean nothing.
+        if self._detokenizer is None or token_id >= self._vocab_size:
+            return ""
+        return self._detokenizer.push(token_id)
+
+    def _match(self, event: TokenEvent, matcher: StopMatcher) -> TextChunk | None:
+        text = matcher.push(self._take(event))
+        self._shown += len(text)
+        if matcher.matched is not None:
+            return self._finish(text, "stop", matcher.matched)
+        tokens = self._release()
+        return self._chunk(text, tokens) if text or tokens else None
+
+    def _take(self, event: TokenEvent) -> str:
+        """Decode a token and remember where its text starts."""
+        self._waiting.append((self._decoded, event))
+        text = self._decode(event.token_id)
+        self._decoded += len(text)
+        return text
+
+    def _release(self) -> list[TokenEvent]:
+        """Tokens whose text has begun to be shown: no stop can cut them any more."""
+        waiting, tokens = self._waiting, []
+        while waiting and waiting[0][0] < self._shown:
+            tokens.append(waiting.popleft()[1])
+        return tokens
+
+    def _last(self, event: TokenEvent) -> TextChunk:
+        reason = event.finish_reason
+        assert reason is not None
+        if reason == "error":
+            self.finished = True
+            raise EngineError(event.error or "the engine failed")
+        text = self._take(event) if reason == "length" else ""
+        if self._detokenizer is not None:
+            rest = self._detokenizer.flush()
+            self._decoded += len(rest)
+            text += rest
+        if self._matcher is not None:
+            text = self._matcher.push(text)
+            if self._matcher.matched is not None:
+                self._shown += len(text)
+                return self._finish(text, "stop", self._matcher.matched)
+            text += self._matcher.flush()
+        self._shown = self._decoded + 1  # everything is out: no token is held back
+        return self._finish(text, reason, None)
+
+    def _finish(self, text: str, reason: str, stop: str | None) -> TextChunk:
+        self.finished = True
+        chunk = self._chunk(text, self._release())
+        timing = self._timing
+        if not self.engine_finished:
+            timing = replace(timing, finished=time.monotonic(), output_tokens=self._num_tokens)
+        usage = Usage(timing.prompt_tokens, self._num_tokens, timing.cached_tokens)
+        return replace(chunk, finish_reason=reason, usage=usage, timing=timing, stop=stop)
+
+    def _chunk(self, text: str, events: list[TokenEvent]) -> TextChunk:
+        self._num_tokens += len(events)
+        return TextChunk(
+            text,
+            tuple(e.token_id for e in events),
+            tuple(e.logprob for e in events if e.logprob is not None),
+        )
+
+
+def join_chunks(chunks: Sequence[TextChunk]) -> TextChunk:
+    """Several chunks in a row as one; the end of the last one is the end of it."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return replace(
+        chunks[-1],
+        text="".join(c.text for c in chunks),
+        token_ids=tuple(t for c in chunks for t in c.token_ids),
+        logprobs=tuple(p for c in chunks for p in c.logprobs),
+    )

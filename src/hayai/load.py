@@ -1,0 +1,216 @@
+"""The composition root: from options to a model that runs. Knows every layer below it.
+
+The vocabulary is read on a second thread while the weights are packed: packing is native code that leaves
+the interpreter free.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hayai.backends.base import BLOCK_SIZE, Backend, Limits
+from hayai.config import EngineConfig, Environment, ModelConfig, read_environment
+from hayai.engine.engine import Engine
+from hayai.errors import ConfigError
+from hayai.models.registry import build_plans
+from hayai.plan.plan import CacheGroup, Plan, WeightSlot
+from hayai.text.chat import ChatTemplate
+from hayai.text.tokenizer import Tokenizer
+from hayai.weights.gguf import GgufFile, model_config
+from hayai.weights.loader import FileWeights
+from hayai.weights.pull import resolve_model
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, done, in all)."""
+
+DEFAULT_CONTEXT = 8192
+"""Context that is prepared for when none is asked for: the model's, but no more than this."""
+
+KV_TOKENS_PER_SEQUENCE = 1024
+"""Default size of the KV cache, per sequence that may run; never less than one whole context. Memory is
+touched only as it is used."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to run. `engine_config` has every option resolved. tokenizer None: the file has
+    no vocabulary; chat_template None: it has no template. load_seconds: wall time of loading."""
+
+    name: str
+    path: Path
+    engine: Engine
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    model_config: ModelConfig
+    engine_config: EngineConfig
+    plans: Mapping[str, Plan]
+    formats: Mapping[str, int]
+    load_seconds: float
+
+    def describe(self) -> dict[str, object]:
+        """Everything that was resolved, flat, for start-up lines, `inspect` and run cards."""
+        config, limits = self.engine_config, self.engine.limits
+        kv_tokens = limits.num_blocks * BLOCK_SIZE
+        runner = dict(self.engine.runner.describe())
+        bytes_per_token = runner.get("kv_bytes_per_token")
+        if not isinstance(bytes_per_token, (int, float)):
+            bytes_per_token = kv_values_per_token(self.engine.groups.values()) * 2
+        return {
+            "model": self.name,
+            "path": str(self.path),
+            "architecture": self.model_config.architecture,
+            "layers": self.model_config.num_layers,
+            "hidden_size": self.model_config.hidden_size,
+            "vocab_size": self.model_config.vocab_size,
+            "weights": ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in self.formats.items()),
+            "tokenizer": "none" if self.tokenizer is None else f"{self.tokenizer.vocab_size} tokens",
+            "chat_template": "none" if self.chat_template is None else "from the file",
+            "context_length": self.engine.max_length,
+            "model_context_length": self.model_config.context_length,
+            "max_sequences": config.max_sequences,
+            "max_step_tokens": config.max_step_tokens,
+            "kv_tokens": kv_tokens,
+            "kv_mib_when_full": round(kv_tokens * bytes_per_token / 2**20, 1),
+            "seed": "random" if config.seed is None else config.seed,
+            "load_seconds": round(self.load_seconds, 3),
+            **{f"backend.{key}": value for key, value in runner.items()},
+        }
+
+
+def load_model(config: EngineConfig, *, progress: Progress | None = None) -> LoadedModel:
+    """Load a model and make it ready to run.
+
+    progress: called with (what, done, in all) while it takes long. ModelError: no such file, or one that
+    can't be run; ConfigError: options that don't fit; PlanError: an op that the backend lacks.
+    """
+    began = time.perf_counter()
+    environment = read_environment()
+    _check_options(config)
+    path = resolve_model(config.model, environment.home)
+    with GgufFile(path) as file, ThreadPoolExecutor(1, "hayai-text") as pool:
+        shape = model_config(file)
+        text = pool.submit(_read_text, file.metadata)
+        config = _resolve(config, shape, environment)
+        plans = build_plans(shape, "gguf")
+        slots: dict[str, WeightSlot] = {}
+        groups: dict[str, CacheGroup] = {}
+        for plan in plans.values():
+            slots |= plan.slots
+            groups |= plan.groups
+        limits = _limits(config)
+        backend = BACKENDS[config.backend](config, progress)
+        runner = backend.compile(plans, FileWeights(file, "gguf", slots), limits)
+        try:
+            tokenizer, template = text.result()
+            end_ids = _end_ids(tokenizer, file.metadata)
+            engine = Engine(runner, limits, groups, end_ids=end_ids, seed=config.seed)
+        except BaseException:
+            runner.close()
+            raise
+        formats: Counter[str] = Counter()
+        for info in file.tensors.values():
+            formats[info.format] += info.nbytes
+    return LoadedModel(
+        name=path.stem,
+        path=path,
+        engine=engine,
+        tokenizer=tokenizer,
+        chat_template=template,
+        model_config=shape,
+        engine_config=config,
+        plans=plans,
+        formats=dict(formats.most_common()),
+        load_seconds=time.perf_counter() - began,
+    )
+
+
+# ---------------------------------------------------------------- backends
+
+
+def _cpu(config: EngineConfig, progress: Progress | None) -> Backend:
+    from hayai.backends.cpu import CpuBackend  # the native core is loaded only where it is used
+
+    return CpuBackend(config.threads, config.isa, progress)
+
+
+def _reference(config: EngineConfig, progress: Progress | None) -> Backend:
+    from hayai.backends.reference import ReferenceBackend  # for checking, not for speed
+
+    return ReferenceBackend()
+
+
+BACKENDS: Mapping[str, Callable[[EngineConfig, Progress | None], Backend]] = {
+    "cpu": _cpu,
+    "reference": _reference,
+}
+
+
+# ---------------------------------------------------------------- options
+
+
+def _check_options(config: EngineConfig) -> None:
+    if config.backend not in BACKENDS:
+        raise ConfigError(f"there is no backend {config.backend!r}; there are: {', '.join(BACKENDS)}")
+    for name in ("threads", "context_length", "max_sequences", "max_step_tokens", "kv_tokens"):
+        value = getattr(config, name)
+        if value is not None and not 1 <= value <= 1 << 30:
+            raise ConfigError(f"{name} must be from 1 to {1 << 30}: {value}")
+
+
+def _resolve(config: EngineConfig, shape: ModelConfig, environment: Environment) -> EngineConfig:
+    """The options with every None replaced, but `threads` and `isa`, which the backend chooses."""
+    context = config.context_length or min(shape.context_length, DEFAULT_CONTEXT)
+    if context > shape.context_length:
+        raise ConfigError(f"context_length is {context}, but the model was made for {shape.context_length}")
+    return replace(
+        config,
+        threads=config.threads or environment.threads,
+        isa=config.isa or environment.isa,
+        context_length=context,
+        # A step has room for one token of every sequence, whatever was asked for.
+        max_step_tokens=max(config.max_step_tokens, config.max_sequences),
+        kv_tokens=config.kv_tokens or max(context, KV_TOKENS_PER_SEQUENCE * config.max_sequences),
+    )
+
+
+def _limits(config: EngineConfig) -> Limits:
+    assert config.context_length is not None and config.kv_tokens is not None
+    return Limits(
+        max_tokens=config.max_step_tokens,
+        max_sequences=config.max_sequences,
+        max_rows=config.max_sequences,
+        num_blocks=-(-config.kv_tokens // BLOCK_SIZE),
+        max_context=config.context_length,
+    )
+
+
+def kv_values_per_token(groups: Iterable[CacheGroup]) -> int:
+    """Numbers that the caches keep per position (states, which do not grow, left out)."""
+    total = 0
+    for group in groups:
+        if group.kind != "state":
+            heads = group.num_heads if group.kind in ("full", "window") else 1
+            values = 0 if group.kind == "index" else group.value_dim
+            total += group.num_layers * heads * (group.key_dim + values)
+    return total
+
+
+# ---------------------------------------------------------------- text
+
+
+def _read_text(metadata: Mapping[str, object]) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    tokenizer = Tokenizer.from_metadata(metadata)
+    return tokenizer, None if tokenizer is None else ChatTemplate.from_metadata(metadata, tokenizer)
+
+
+def _end_ids(tokenizer: Tokenizer | None, metadata: Mapping[str, object]) -> frozenset[int]:
+    """Tokens that end a turn; without a vocabulary the one that the file names, if any."""
+    if tokenizer is not None:
+        return tokenizer.end_ids
+    eos = metadata.get("tokenizer.ggml.eos_token_id")
+    return frozenset({eos}) if isinstance(eos, int) else frozenset()
