@@ -1,8 +1,8 @@
 """Pre-tokenizers of byte-level BPE vocabularies: how text is cut into words before merges are applied.
 
 A file names its own in `tokenizer.ggml.pre`. Each entry is a sequence of regular expressions (Oniguruma
-syntax); every expression cuts the pieces that the one before left; matches and the text between them are pieces.
-The names and expressions are those of llama.cpp (`llm_tokenizer_bpe` in llama-vocab.cpp).
+syntax); every expression cuts the pieces that the one before left; matches and the text between them are
+pieces. The names and expressions are those of llama.cpp (`llm_tokenizer_bpe` in llama-vocab.cpp).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Text to token ids and back, from the vocabulary in a model file.
 
-Special tokens. Control tokens (`<|im_end|>`) are found in text only where the caller says so (`special=True`),
-user-defined tokens always; both as llama.cpp does it: the longest token first over the whole text, and what lies
-between is encoded on its own.
+Special tokens. Control tokens (`<|im_end|>`) are found in text only where the caller says so
+(`special=True`), user-defined tokens always; both as llama.cpp does it: the longest token first over the
+whole text, and what lies between is encoded on its own.
 
 Text that is not Unicode. Python carries bytes that are not UTF-8 as lone surrogates
-(`errors="surrogateescape"`); each one is encoded as U+FFFD, which is also what llama.cpp makes of such a byte.
-Nothing raises.
+(`errors="surrogateescape"`); each one is encoded as U+FFFD, which is also what llama.cpp makes of such a
+byte. Nothing raises.
 """
 
 from __future__ import annotations
@@ -69,9 +69,13 @@ class Tokenizer:
         self._encoder = encoder
         self._space_prefix = " " if add_space_prefix else ""
         self.pieces = tuple(map(encoder.piece, vocabulary.tokens, vocabulary.types))
-        user = vocabulary.ids_of_type(USER_DEFINED)
-        self._user_tokens = SpecialTokens({vocabulary.tokens[i]: i for i in user})
-        self._all_tokens = SpecialTokens({vocabulary.tokens[i]: i for i in [*user, *self.special_ids]})
+        user = {vocabulary.tokens[i]: i for i in vocabulary.ids_of_type(USER_DEFINED)}
+        control = {vocabulary.tokens[i]: i for i in sorted(self.special_ids)}
+        self._user_tokens = SpecialTokens(user)
+        self._control_tokens = SpecialTokens(control)
+        self._all_tokens = SpecialTokens(user | control)
+        edges = {token[0] for token in control} | {token[-1] for token in control}
+        self.control_edges = frozenset(edge for edge in edges if not edge.isalnum() and edge not in "_-")
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> Tokenizer | None:
@@ -109,17 +113,37 @@ class Tokenizer:
             if self.bos_id is None:
                 raise ModelError(f"a beginning token was asked for, but the file has no {PREFIX}bos_token_id")
             ids.append(self.bos_id)
-        if not text.isascii() and _SURROGATE.search(text):
-            text = _SURROGATE.sub("\ufffd", text)
+        tokens = self._all_tokens if special else self._user_tokens
+        return ids + self.encode_parts(tokens.split(_clean(text)))
+
+    def split_special(self, text: str) -> list[str | int]:
+        """`text` cut at control and user-defined tokens: their ids, and the stretches between them."""
+        return list(self._all_tokens.split(_clean(text)))
+
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Ids of a text that is cut already; in the stretches no control tokens are looked for."""
+        ids: list[int] = []
         after_special = True
-        for part in (self._all_tokens if special else self._user_tokens).split(text):
+        for part in parts:
             if isinstance(part, int):
                 ids.append(part)
                 after_special = True
                 continue
-            ids += self._encoder.encode(self._space_prefix + part if after_special else part)
-            after_special = False
+            for piece in self._user_tokens.split(part):
+                if isinstance(piece, int):
+                    ids.append(piece)
+                    after_special = True
+                    continue
+                ids += self._encoder.encode(self._space_prefix + piece if after_special else piece)
+                after_special = False
         return ids
+
+    def break_control_tokens(self, text: str, mark: str) -> str:
+        """`text` with `mark` after the first character of each control token's name in it."""
+        starts = [start for start, _, _ in self._control_tokens.find(text)]
+        for start in reversed(starts):
+            text = text[: start + 1] + mark + text[start + 1 :]
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; a control token's are its name. IndexError outside the vocabulary."""
@@ -137,3 +161,10 @@ class Tokenizer:
         """Text of `ids`, bytes that are not UTF-8 replaced; `special`: control tokens appear by name."""
         skipped = frozenset() if special else self.special_ids
         return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", "replace")
+
+
+def _clean(text: str) -> str:
+    """`text` with lone surrogates replaced, which have no UTF-8 form."""
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return _SURROGATE.sub("\ufffd", text)
