@@ -30,10 +30,10 @@ enum Layout : int32_t { kQ4_0 = 0, kQ4_1, kQ8_0, kF16, kBF16, kF32, kLayoutCount
 constexpr int kBlockInputs = 32;
 constexpr int kTileTokens = 4;
 
-inline bool layout_is_float(int layout) { return layout >= kF16; }
+static inline bool layout_is_float(int layout) { return layout >= kF16; }
 
 // Bytes of one group of `cols` inputs.
-inline size_t group_bytes(int layout, int group_rows, int64_t cols) {
+static inline size_t group_bytes(int layout, int group_rows, int64_t cols) {
   const size_t g = size_t(group_rows), blocks = size_t(cols) / kBlockInputs;
   switch (layout) {
   case kQ4_0: return blocks * g * (2 + 16);
@@ -60,7 +60,7 @@ struct ActRow {
   const float *x;
 };
 
-inline float sum_factor(int layout) { return layout == kQ4_0 ? -8.f : 1.f; }
+static inline float sum_factor(int layout) { return layout == kQ4_0 ? -8.f : 1.f; }
 
 // Many tokens, in tiles of 4: q [tile][block][8 chunks of 4 inputs][4 tokens][4 bytes],
 // scale, sum [tile][block][4 tokens]. Missing tokens of the last tile hold q = 0, scale = sum = 0.
@@ -81,7 +81,7 @@ constexpr int kPagePositions = 16;
 // splits are merged in ascending order by one recurrence, so neither threads, chunks nor batch matter.
 constexpr int kSplitPositions = 64;
 
-inline size_t page_bytes(int head_dim, int value_dim) {
+static inline size_t page_bytes(int head_dim, int value_dim) {
   return size_t(kPagePositions) * size_t(head_dim + value_dim) * 2;
 }
 
@@ -110,7 +110,7 @@ struct AttendArgs {
   float *scratch;
 };
 constexpr int kMaxQueryBlock = 16; // num_queries per call at most
-inline size_t attend_scratch_floats(int heads_per_kv, int value_dim) {
+static inline size_t attend_scratch_floats(int heads_per_kv, int value_dim) {
   return size_t(kMaxQueryBlock) * size_t(heads_per_kv) * size_t(kSplitPositions + value_dim + 16) + 64;
 }
 

@@ -1,0 +1,36 @@
+// The kernel table for AVX2 + FMA + F16C.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "half.h"
+#include "kernels.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace hayai {
+namespace avx2 {
+namespace {
+
+constexpr char kName[] = "avx2";
+#include "simd_avx2.inc.h"
+//
+#include "simd.inc.h"
+//
+#include "elementwise.inc.h"
+#include "gemm.inc.h"
+#include "head.inc.h"
+//
+#include "attention.inc.h"
+
+static size_t gemm_scratch_bytes(int64_t) { return 64; }
+#define GEMM_BLOCKS gemm_blocks
+#include "table.inc.h"
+
+} // namespace
+} // namespace avx2
+
+const KernelTable &avx2_kernels() { return avx2::kTable; }
+
+} // namespace hayai

@@ -1,0 +1,39 @@
+// The kernel table for AVX-512 with VNNI.
+// gcc 12's own AVX-512 headers pass deliberately undefined vectors and warn about it (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "half.h"
+#include "kernels.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace hayai {
+namespace avx512 {
+namespace {
+
+constexpr char kName[] = "avx512";
+#include "simd_avx512.inc.h"
+//
+#include "simd.inc.h"
+//
+#include "elementwise.inc.h"
+#include "gemm.inc.h"
+#include "head.inc.h"
+//
+#include "attention.inc.h"
+
+static size_t gemm_scratch_bytes(int64_t) { return 64; }
+#define GEMM_BLOCKS gemm_blocks
+#include "table.inc.h"
+
+} // namespace
+} // namespace avx512
+
+const KernelTable &avx512_kernels() { return avx512::kTable; }
+
+} // namespace hayai
