@@ -163,17 +163,60 @@ def mlp_sources(names: Names) -> dict[str, Sources]:
     }
 
 
-def head(plan: PlanBuilder, config: ModelConfig, x: str, final_norm: bool = True) -> None:
+def moe(plan: PlanBuilder, config: ModelConfig, names: Names, prefix: str) -> str:
+    """Routed experts and the shared expert of the normed rows (names of the HF container)."""
+    hidden, experts, top_k, size = (
+        config.hidden_size, config.num_experts, config.experts_per_token, config.moe_ffn_size
+    )  # fmt: skip
+    router = slot(plan, f"{prefix}.router", (experts, hidden), {"hf": (names.hf + "mlp.gate.weight",)})
+    scores = plan.buffer("router_logits", "T", experts)
+    plan.add(ops.Linear("normed", (router,), (scores,)))
+    sources = {"hf": (names.hf + "mlp.gate.e_score_correction_bias",)}
+    bias = slot(plan, f"{prefix}.router_bias", (experts,), sources)
+    ids = plan.buffer("expert_ids", "T", top_k, dtype="i32")
+    weights = plan.buffer("expert_weights", "T", top_k)
+    plan.add(
+        ops.Route(
+            scores, ids, weights, top_k, config.router_score, bias, config.expert_groups,
+            config.expert_top_groups, config.router_normalize, config.router_scaling,
+        )
+    )  # fmt: skip
+
+    def stacked(part: str, rows: int, columns: int, cut: str) -> str:
+        tensors = tuple(f"{names.hf}mlp.experts.{e}.{part}_proj.weight" for e in range(experts))
+        shape = (experts, rows, columns)
+        return slot(plan, f"{prefix}.experts.{part}", shape, {"hf": tensors}, Transform("stack"), shard=cut)
+
+    pair = (stacked("gate", size, hidden, "rows"), stacked("up", size, hidden, "rows"))
+    gate, up, mixed = (plan.buffer(f"expert_{part}", "T", top_k, size) for part in ("gate", "up", "mixed"))
+    plan.add(ops.MoeLinear("normed", ids, pair, (gate, up)))
+    plan.add(ops.Glu(gate, up, mixed, config.act))
+    each = plan.buffer("expert_out", "T", top_k, hidden)
+    down = stacked("down", hidden, size, "columns")
+    plan.add(ops.MoeLinear(mixed, ids, (down,), (each,), per_expert=True))
+    out = plan.buffer("ffn_out", "T", hidden)
+    plan.add(ops.MoeCombine(each, weights, out))
+    if config.num_shared_experts:
+        parts = ("gate", "up", "down")
+        shared = {part: {"hf": (f"{names.hf}mlp.shared_experts.{part}_proj.weight",)} for part in parts}
+        width = size * config.num_shared_experts
+        plan.add(ops.Add(out, mlp(plan, config, f"{prefix}.shared", shared, width, "shared_"), out))
+    return out
+
+
+def head(
+    plan: PlanBuilder, config: ModelConfig, x: str, *, normed: bool = False, weight: str | None = None
+) -> None:
     """Wanted rows -> norm -> logits -> sampled tokens; buffers `logits` and `sampled`.
 
-    The norm comes after the gather, so that only wanted rows pay for it; `final_norm` False: x is normed.
+    The norm comes after the gather, so that only wanted rows pay for it; `normed`: x has had it already.
     """
     rows = plan.buffer("rows", "R", config.hidden_size)
     plan.add(ops.GatherRows(x, "logit_rows", rows))
-    if final_norm:
+    if not normed:
         rows = norm(plan, rows, "rows_normed", "final_norm", final_norm_sources(), config.norm_eps)
     logits = plan.buffer("logits", "R", config.vocab_size)
-    plan.add(ops.LmHead(rows, head_slot(plan, config), logits))
+    plan.add(ops.LmHead(rows, weight or head_slot(plan, config), logits))
     plan.add(ops.Sample(logits, plan.buffer("sampled", "R", dtype="i32")))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hayai.config import ModelConfig
 from hayai.errors import ModelError
-from hayai.models import llama
+from hayai.models import glm_moe_dsa, llama
 from hayai.plan.plan import Plan
 
 
@@ -21,6 +21,8 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama.build, ("gguf", "hf")),
+    "glm_moe_dsa": Family(glm_moe_dsa.build, ("hf",)),
+    "glm4_moe_lite": Family(glm_moe_dsa.build, ("hf",)),
 }
 
 SUPPORTED: tuple[str, ...] = tuple(sorted(FAMILIES))

@@ -1,8 +1,8 @@
 """What each op expects of its operands: one shape rule per op class, in one table.
 
 A rule yields `(field, name, expected shape)` for the operands whose shape follows from the others, and
-raises `ShapeError` where an operand can't be right whatever the others are. `validate` compares; the
-costs of an op (flops, bytes) are in `costs.py`.
+raises `ShapeError` where an operand can't be right whatever the others are. `validate` compares. What an
+op costs (`flops`, `bytes_moved`) is worked out from the same shapes in `costs.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hayai.plan import ops
+from hayai.plan.costs import Traffic, bytes_moved, flops
 from hayai.plan.plan import CacheGroup, Dim, Plan
+
+__all__ = [
+    "ANY_DTYPE",
+    "GROUP_KINDS",
+    "INTEGER_FIELDS",
+    "SHAPE_RULES",
+    "ShapeError",
+    "Traffic",
+    "bytes_moved",
+    "flops",
+    "shape_text",
+]
 
 Shape = tuple[Dim, ...]
 Expected = Iterator[tuple[str, str, Shape]]
