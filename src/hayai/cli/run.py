@@ -1,0 +1,70 @@
+"""`hayai run`: one prompt, one answer on stdout."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import Any
+
+import click
+
+from hayai.cli.console import note, speed_line
+from hayai.cli.options import engine_options, load, sampling_options
+from hayai.engine.request import SamplingParams
+from hayai.frontend import Frontend, Prompt
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without the chat template.")
+@click.option("--system", help="A system message before the prompt.")
+@click.option("--stats/--no-stats", default=None, help="Speed line on stderr. [default: on a terminal]")
+@sampling_options
+@engine_options
+def command(
+    prompt: str,
+    raw: bool,
+    system: str | None,
+    stats: bool | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    **engine: Any,
+) -> None:
+    """Answer PROMPT and exit. '-' reads the prompt from stdin.
+
+    The text goes to stdout as it is made; with greedy sampling (the default) it is the same every time.
+    """
+    if raw and system is not None:
+        raise click.UsageError("--system needs the chat template; it can't be used with --raw")
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    request = Prompt(text=prompt) if raw else Prompt(messages=tuple(messages))
+    with closing(Frontend(load(**engine, max_sequences=1))) as frontend:
+        timing = None
+        write, flush = sys.stdout.write, sys.stdout.flush
+        with closing(frontend.iterate(request, params)) as chunks:
+            for chunk in chunks:
+                if chunk.text:
+                    write(chunk.text)
+                    flush()
+                timing = chunk.timing or timing
+        write("\n")
+        flush()
+    if timing is not None and (sys.stderr.isatty() if stats is None else stats):
+        note(speed_line(timing))
