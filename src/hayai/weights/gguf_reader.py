@@ -406,5 +406,5 @@ def _strings_in_bulk(window: NDArray[np.uint8], length: int) -> tuple[list[str],
 
 def short(value: object) -> str:
     """A value for an error message, cut to a readable length."""
-    text = repr(value[:8] if isinstance(value, (str, list)) else value)
+    text = repr(value[:64] if isinstance(value, (str, list, tuple)) else value)
     return text if len(text) <= 80 else text[:77] + "..."

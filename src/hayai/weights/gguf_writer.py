@@ -16,7 +16,7 @@ import numpy as np
 from hayai.config import ModelConfig
 from hayai.errors import ModelError
 from hayai.formats import FORMATS, QuantTensor, get_format
-from hayai.weights.gguf_reader import ARRAY, BOOL, DEFAULT_ALIGNMENT, MAGIC, SCALARS, STRING
+from hayai.weights.gguf_reader import ARRAY, BOOL, DEFAULT_ALIGNMENT, MAGIC, SCALARS, STRING, short
 
 _TYPE_OF_NAME = {name: number for number, (name, _) in SCALARS.items()} | {"string": STRING, "array": ARRAY}
 
@@ -106,12 +106,18 @@ def _kind_of(value: object) -> int:
             limits = np.iinfo(SCALARS[_TYPE_OF_NAME[name]][1])
             if limits.min <= value <= limits.max:
                 return _TYPE_OF_NAME[name]
-    raise ModelError(f"can't write metadata value {value!r}; supported: bool, int, float, str, lists of one")
+    raise ModelError(
+        f"can't write {short(value)} as metadata; supported: bool, int, float, str, lists of one"
+    )
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value.value if isinstance(value, Typed) else value, (list, tuple))
 
 
 def _kind_of_all(values: Sequence[object]) -> int:
     """The one kind that holds all elements; an empty list counts as strings."""
-    if all(isinstance(v, (list, tuple)) for v in values) and values:
+    if all(_is_array(v) for v in values) and values:
         return ARRAY
     if all(type(v) is int for v in values) and values:
         numbers = [v for v in values if isinstance(v, int)]
@@ -119,7 +125,7 @@ def _kind_of_all(values: Sequence[object]) -> int:
         return low if min(numbers) < 0 else high
     kinds = {_kind_of(v) for v in values} or {STRING}
     if len(kinds) > 1:
-        raise ModelError(f"can't write a list of mixed kinds: {values[:8]!r}")
+        raise ModelError(f"can't write a list of mixed kinds: {short(list(values[:8]))}")
     return kinds.pop()
 
 
