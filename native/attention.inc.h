@@ -238,8 +238,9 @@ static bool prepare_split(const AttendArgs &a, int split, Split &s) {
   for (int p = 0; p < kSplitPages; p++) {
     const int needed = p < s.first_page ? s.first_page : p < s.last_page ? p : s.last_page - 1;
     s.page[p] = page_at(a, split * kSplitPages + needed);
-    // Behind the last split there is nothing worth fetching: touch the current page again.
-    const bool more = split + 1 < a.last_split && next + p <= last_page;
+    // The next split is fetched even if another call computes it (the caller goes on with it). Behind
+    // the last page there is nothing to fetch: touch the current one again.
+    const bool more = next + p <= last_page;
     s.ahead[p] = more ? page_at(a, next + p) : s.page[p];
   }
   return true;
