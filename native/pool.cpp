@@ -1,0 +1,169 @@
+#include "pool.h"
+
+#include <chrono>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace hayai {
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+static inline void cpu_pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+#if defined(__linux__)
+static void futex_wait(std::atomic<uint32_t> *word, uint32_t seen) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+}
+static void futex_wake_all(std::atomic<uint32_t> *word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr,
+          0);
+}
+static void yield_core() { sched_yield(); }
+#else
+static void futex_wait(std::atomic<uint32_t> *, uint32_t) {
+  std::this_thread::sleep_for(std::chrono::microseconds(200));
+}
+static void futex_wake_all(std::atomic<uint32_t> *) {}
+static void yield_core() { std::this_thread::yield(); }
+#endif
+
+int64_t WaitWord::wait_change(uint32_t seen) {
+  // The clock is read every 64 pauses only: reading it costs as much as the wait usually lasts.
+  int64_t started = 0;
+  for (;;) {
+    for (int i = 0; i < 64; i++) {
+      if (load() != seen)
+        return 0;
+      cpu_pause();
+    }
+    const int64_t t = now_ns();
+    if (!started)
+      started = t;
+    else if (t - started > kSpinNs)
+      break;
+  }
+  while (load() == seen) {
+    if (now_ns() - started < kYieldNs) {
+      yield_core();
+      continue;
+    }
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    if (value_.load(std::memory_order_seq_cst) == seen)
+      futex_wait(&value_, seen);
+    sleepers_.fetch_sub(1, std::memory_order_relaxed);
+  }
+  return now_ns() - started;
+}
+
+void WaitWord::advance() {
+  value_.fetch_add(1, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst) != 0)
+    futex_wake_all(&value_);
+}
+
+Pool::Pool(int max_threads) : max_threads_(max_threads) {
+  for (int t = 1; t < max_threads; t++)
+    threads_.emplace_back([this, t] { worker(t); });
+}
+
+Pool::~Pool() {
+  stop_.store(true, std::memory_order_release);
+  start_.advance();
+  for (auto &thread : threads_)
+    thread.join();
+}
+
+void Pool::worker(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    start_.wait_change(seen);
+    seen = start_.load();
+    if (stop_.load(std::memory_order_acquire))
+      return;
+    if (thread < active_)
+      (*job_)(thread);
+    // Idle threads report too: `active_` and `job_` may only change when nobody can still read them.
+    if (finished_.fetch_add(1, std::memory_order_acq_rel) + 1 == max_threads_ - 1)
+      done_.advance();
+  }
+}
+
+void Pool::run(int threads, const std::function<void(int)> &job) {
+  late_.store(0, std::memory_order_relaxed);
+  waited_.store(0, std::memory_order_relaxed);
+  if (threads <= 1 || max_threads_ == 1) {
+    active_ = 1;
+    job(0);
+    return;
+  }
+  active_ = threads < max_threads_ ? threads : max_threads_;
+  job_ = &job;
+  finished_.store(0, std::memory_order_relaxed);
+  const uint32_t seen = done_.load();
+  start_.advance();
+  job(0);
+  if (finished_.load(std::memory_order_acquire) != max_threads_ - 1)
+    while (done_.load() == seen)
+      done_.wait_change(seen);
+}
+
+void Pool::barrier() {
+  if (active_ == 1)
+    return;
+  const uint32_t seen = generation_.load();
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == active_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    generation_.advance();
+    return;
+  }
+  const int64_t waited = generation_.wait_change(seen);
+  if (waited > kLateNs) {
+    late_.fetch_add(1, std::memory_order_relaxed);
+    waited_.fetch_add(waited, std::memory_order_relaxed);
+  }
+}
+
+void Governor::step_done(int threads, int late_barriers) {
+  if (max_threads_ == 1)
+    return;
+  if (threads < max_threads_) {
+    if (--until_retry_ <= 0) {
+      current_ = max_threads_;
+      bad_ = kPatience - 1; // on probation: one late step sends it down again
+      clean_ = 0;
+    }
+    return;
+  }
+  if (late_barriers == 0) {
+    if (bad_ > 0)
+      bad_--;
+    if (++clean_ >= 4 * kFirstPause)
+      pause_ = kFirstPause;
+    return;
+  }
+  clean_ = 0;
+  if (++bad_ < kPatience)
+    return;
+  current_ = max_threads_ > 2 ? (max_threads_ + 1) / 2 : 1;
+  until_retry_ = pause_;
+  pause_ = pause_ * 2 < kLongestPause ? pause_ * 2 : kLongestPause;
+  bad_ = 0;
+  drops_++;
+}
+
+} // namespace hayai

@@ -1,0 +1,253 @@
+"""The native CPU backend: plans are lowered once, and a step is one call with the GIL released."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hayai import _native
+from hayai.backends.base import BLOCK_SIZE, Limits, SamplingRow, StepInput, StepOutput, WeightSource
+from hayai.backends.cpu_build import ProgramBuilder, Report
+from hayai.errors import ConfigError, PlanError
+from hayai.plan.plan import Plan, WeightSlot
+
+SPEC_DTYPE = np.dtype(
+    [
+        ("temperature", "<f4"), ("top_p", "<f4"), ("min_p", "<f4"), ("repetition_penalty", "<f4"),
+        ("presence_penalty", "<f4"), ("frequency_penalty", "<f4"), ("top_k", "<i4"), ("num_logprobs", "<i4"),
+        ("plain_greedy", "<i4"), ("has_extras", "<i4"), ("seed", "<u8"),
+    ]
+)  # fmt: skip
+"""One row's parameters as native/sampling.h, SamplingSpec, has them."""
+
+MAX_CACHED_SPECS = 4096
+
+
+def available_cores() -> int:
+    """Cores that this process may really use: affinity mask and cgroup quota, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            cores = min(cores, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here: no quota
+    return max(1, cores)
+
+
+class CpuBackend:
+    """Compiles plans for this machine.
+
+    threads: compute threads, default the cores available. isa: lower the instruction set ('scalar',
+    'avx2', 'avx512'), never raise it. progress: called with (phases done, phases in all) while packing.
+    """
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        threads: int | None = None,
+        isa: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.threads = available_cores() if threads is None else threads
+        if not 1 <= self.threads <= 1024:
+            raise ConfigError(f"threads must be from 1 to 1024: {self.threads}")
+        self.isa = isa or ""
+        self.progress = progress
+
+    def compile(self, plans: Mapping[str, Plan], weights: WeightSource, limits: Limits) -> CpuRunner:
+        """Pack the weights of plan 'main' and lower it. PlanError names an op that the backend lacks."""
+        if "main" not in plans:
+            raise PlanError(f"plans {sorted(plans)} hold no 'main'")
+        try:
+            executor = _native.Executor(
+                self.isa, self.threads, limits.max_tokens, limits.max_rows, limits.max_context
+            )
+        except ValueError as error:
+            raise ConfigError(f"{error}: isa {self.isa!r}; known: scalar, avx2, avx512") from None
+        plan = plans["main"]
+        # Address space only: pages are touched as weights are packed.
+        executor.reserve_weights(sum(_most_bytes(slot) for slot in plan.slots.values()) + (64 << 20))
+        builder = ProgramBuilder(executor, plan, weights, limits, self.progress)
+        builder.build()
+        return CpuRunner(executor, plan, limits, builder.report, self.threads)
+
+
+def _most_bytes(slot: WeightSlot) -> int:
+    """An upper bound of a slot's packed size: f32, every dimension padded to a group."""
+    if len(slot.shape) < 2:
+        return 0
+    rows = 1
+    for size in slot.shape[:-1]:
+        rows *= size
+    return (rows + 16) * (slot.shape[-1] + 32) * 4 + 4096
+
+
+class CpuRunner:
+    """A compiled model on the native executor; see backends.base.Runner."""
+
+    def __init__(
+        self, executor: _native.Executor, plan: Plan, limits: Limits, report: Report, threads: int
+    ) -> None:
+        self._executor: _native.Executor | None = executor
+        self._step = executor.step
+        self._plan = plan
+        self._limits = limits
+        self._report = report
+        self._threads = threads
+        self._groups = tuple(plan.groups)
+        size = plan.buffers["logits"].shape[-1]
+        assert isinstance(size, int)
+        self._vocab = size
+        self._specs: dict[SamplingRow, NDArray[np.uint8]] = {}
+        self._no_logprobs = np.full(limits.max_rows, np.nan, np.float32)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab
+
+    def step(self, step: StepInput, plan: str = "main") -> StepOutput:
+        """Run one step; see backends.base.StepInput. ValueError where the arrays disagree."""
+        if plan != "main":
+            raise PlanError(f"the cpu backend compiled plan 'main' only, not {plan!r}")
+        sampling = step.sampling
+        rows = len(sampling)
+        tokens = np.empty(rows, np.int32)
+        tables = [step.block_tables[group] for group in self._groups]
+        if not step.want_logits and all(row.plain_greedy for row in sampling) and not step.masks:
+            # The hot path: nothing but token ids comes back.
+            logprobs = self._no_logprobs[:rows]
+            self._step(
+                step.token_ids, step.positions, step.query_start, tables, step.logit_rows,
+                self._packed(sampling), tokens, logprobs,
+            )  # fmt: skip
+            return StepOutput(tokens, logprobs)
+        return self._full_step(step, tables, tokens)
+
+    def _full_step(
+        self, step: StepInput, tables: list[NDArray[np.int32]], tokens: NDArray[np.int32]
+    ) -> StepOutput:
+        sampling = step.sampling
+        rows = len(sampling)
+        logprobs = np.full(rows, np.nan, np.float32)
+        most = max((row.num_logprobs for row in sampling), default=-1)
+        top_ids = np.empty((rows, most), np.int32) if most > 0 else None
+        top_logprobs = np.empty((rows, most), np.float32) if most > 0 else None
+        logits = np.empty((rows, self._vocab), np.float32) if step.want_logits else None
+        self._step(
+            step.token_ids, step.positions, step.query_start, tables, step.logit_rows, self._packed(sampling),
+            tokens, logprobs, **_bias_arrays(sampling), **_history_arrays(step),
+            masks=list(step.masks), top_ids=top_ids, top_logprobs=top_logprobs, out_logits=logits,
+        )  # fmt: skip
+        if top_ids is None or top_logprobs is None:
+            return StepOutput(tokens, logprobs, logits=logits)
+        counts = [max(0, row.num_logprobs) for row in sampling]
+        return StepOutput(
+            tokens,
+            logprobs,
+            tuple(top_ids[r, :n] for r, n in enumerate(counts)),
+            tuple(top_logprobs[r, :n] for r, n in enumerate(counts)),
+            logits,
+        )
+
+    def _packed(self, sampling: tuple[SamplingRow, ...]) -> NDArray[np.uint8]:
+        if len(sampling) == 1:
+            return self._spec(sampling[0])
+        if not sampling:
+            return np.empty(0, np.uint8)
+        return np.concatenate([self._spec(row) for row in sampling])
+
+    def _spec(self, row: SamplingRow) -> NDArray[np.uint8]:
+        found = self._specs.get(row)
+        if found is None:
+            if len(self._specs) >= MAX_CACHED_SPECS:
+                self._specs.clear()
+            found = self._specs[row] = _pack_spec(row)
+        return found
+
+    def stats(self) -> Mapping[str, float]:
+        """Of the last step: step_ns, threads used, late barriers, head rows scored exactly."""
+        assert self._executor is not None
+        stats: dict[str, float] = self._executor.stats()
+        return stats
+
+    def copy_blocks(self, group: str, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+        """Copy whole KV blocks (copy on write)."""
+        assert self._executor is not None
+        index = self._groups.index(group)
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            self._executor.copy_blocks(index, source, target)
+
+    def describe(self) -> Mapping[str, str | int | float]:
+        """ISA, threads, formats, and the bytes that one decode step reads (without KV)."""
+        assert self._executor is not None
+        report = self._report
+        head = report.head_bytes
+        if report.screened:  # the 4-bit plane, one more block for the outliers; scored rows come on top
+            width = self._plan.buffers["rows"].shape[-1]
+            assert isinstance(width, int)
+            head = self._vocab * (width // 32 + 1) * 18
+        kv = sum(
+            2 * group.num_layers * group.num_heads * (group.key_dim + group.value_dim)
+            for group in self._plan.groups.values()
+        )
+        return {
+            "backend": "cpu",
+            "isa": self._executor.isa,
+            "threads": self._threads,
+            "weight_bytes": self._executor.weight_bytes,
+            "step_bytes": report.matrix_bytes + head,
+            "full_head_step_bytes": report.matrix_bytes + report.head_bytes,
+            "kv_bytes_per_token": kv,
+            "kv_format": "f16",
+            "kv_memory_bytes": kv * BLOCK_SIZE * self._limits.num_blocks,
+            "activations": "int8 per 32, fp32 accumulation",
+            "head": "screened (exact)" if report.screened else "full",
+            "formats": ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in report.formats.items()),
+            "expanded": ", ".join(f"{count} x {name}" for name, count in report.expanded.items()) or "none",
+        }
+
+    def close(self) -> None:
+        """Free the weights and the threads."""
+        self._executor = None
+        del self._step
+
+
+def _pack_spec(row: SamplingRow) -> NDArray[np.uint8]:
+    spec = np.zeros(1, SPEC_DTYPE)
+    for name in SPEC_DTYPE.names or ():
+        if name not in ("plain_greedy", "has_extras"):
+            spec[name] = getattr(row, name)
+    spec["plain_greedy"] = row.plain_greedy
+    spec["has_extras"] = bool(row.bias) or (
+        row.repetition_penalty != 1.0 or row.presence_penalty != 0.0 or row.frequency_penalty != 0.0
+    )
+    return spec.view(np.uint8)
+
+
+def _bias_arrays(sampling: tuple[SamplingRow, ...]) -> dict[str, NDArray[np.generic]]:
+    if not any(row.bias for row in sampling):
+        return {}
+    pairs = [pair for row in sampling for pair in row.bias]
+    return {
+        "bias_start": np.cumsum([0, *(len(row.bias) for row in sampling)], dtype=np.int32),
+        "bias_ids": np.array([token for token, _ in pairs], np.int32),
+        "bias_values": np.array([value for _, value in pairs], np.float32),
+    }
+
+
+def _history_arrays(step: StepInput) -> dict[str, NDArray[np.generic]]:
+    found = [history for history in step.histories if history is not None]
+    if not found:
+        return {}
+    lengths = [0 if history is None else len(history.ids) for history in step.histories]
+    return {
+        "history_start": np.cumsum([0, *lengths], dtype=np.int32),
+        "history_ids": np.concatenate([history.ids for history in found]),
+        "history_counts": np.concatenate([history.counts for history in found]),
+    }
