@@ -22,6 +22,8 @@ __all__ = ["ARCHITECTURES", "Architecture", "GgufFile", "TensorInfo", "model_con
 MAX_CONTEXT = 1 << 24
 MAX_HEADS = 1 << 14
 MAX_HEAD_DIM = 1 << 12
+_MAX_SIZE = 1 << 31
+"""Of widths that are then compared with the tensors."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +137,14 @@ def _dense_config(file: GgufFile, keys: _Keys, arch: Architecture) -> ModelConfi
         raise keys.error(
             f"tensor 'token_embd.weight' has shape {list(embedding.shape)}; supported: 2 dimensions"
         )
-    vocab_size, width = embedding.shape
-    hidden = keys.integer("embedding_length", 1, width, width)
+    vocab_size = embedding.shape[0]
+    hidden = keys.integer("embedding_length", 1, _MAX_SIZE)
     heads = keys.integer("attention.head_count", 1, MAX_HEADS)
     kv_heads = keys.integer("attention.head_count_kv", 1, heads, heads)
     if heads % kv_heads:
         raise keys.error(f"{heads} attention heads can't be shared out to {kv_heads} kv heads")
     head_dim = _head_dim(keys, hidden, heads)
-    ffn = keys.integer("feed_forward_length", 1, 1 << 31)
+    ffn = keys.integer("feed_forward_length", 1, _MAX_SIZE)
     config = ModelConfig(
         architecture=keys.arch,
         vocab_size=vocab_size,

@@ -37,6 +37,8 @@ def resolve_model(name_or_path: str, home: Path) -> Path:
         if not path.is_file():
             raise ModelError(f"the default model is not in the cache ({path}); fetch it with `hayai pull`")
         return path
+    if "\0" in name_or_path:
+        raise ModelError(f"{name_or_path[:80]!r} can't be a model: a NUL character; {_WANTED}")
     try:
         path = Path(name_or_path).expanduser()
         for candidate in (path, home / "models" / name_or_path):
@@ -46,6 +48,6 @@ def resolve_model(name_or_path: str, home: Path) -> Path:
             inside = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"; it holds {', '.join(inside[:4])}" if inside else ""
             raise ModelError(f"{path} is a directory{hint}; {_WANTED}")
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, an unknown ~user
+    except (OSError, RuntimeError) as error:  # a name too long, an unknown ~user
         raise ModelError(f"{name_or_path[:80]!r} can't be a model: {error}; {_WANTED}") from error
     raise ModelError(f"there is no model file {path}; {_WANTED}")
