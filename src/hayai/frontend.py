@@ -7,22 +7,25 @@ engine/service.py). Both read the same TextAssembler.
 
 from __future__ import annotations
 
-import asyncio
+import os
 import time
-import uuid
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hayai.engine.request import EngineRequest, Logprob, RequestTiming, SamplingParams, TokenEvent
 from hayai.engine.service import EngineError, EngineService
 from hayai.errors import RequestError
-from hayai.frontend_async import EventBox, LoopMailbox
 from hayai.frontend_text import TextAssembler, TextChunk, Usage, join_chunks
 from hayai.load import LoadedModel
 from hayai.text.chat import encode_chat
 from hayai.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+    from hayai.frontend_async import LoopMailbox
 
 __all__ = ["Completion", "EngineError", "Frontend", "Prompt", "TextChunk", "Usage"]
 
@@ -159,7 +162,7 @@ class Frontend:
                 param="stop",
                 code="no_vocabulary",
             )
-        request = EngineRequest(request_id or uuid.uuid4().hex, ids, params)
+        request = EngineRequest(request_id or os.urandom(12).hex(), ids, params)
         self.loaded.engine.check(request)
         return request
 
@@ -173,6 +176,10 @@ class Frontend:
         Closing the iterator or cancelling the task stops the request before the next step.
         RequestError before the first chunk; EngineError when the engine fails.
         """
+        import asyncio  # 20 ms that only asynchronous callers should pay, and they have it already
+
+        from hayai.frontend_async import EventBox
+
         arrived = time.monotonic()
         if _num_characters(prompt) < LONG_TEXT:
             ids = self.encode(prompt)
@@ -180,7 +187,7 @@ class Frontend:
             ids = await asyncio.to_thread(self.encode, prompt)
         request = self._request(ids, params, request_id)
         assembler = TextAssembler(self.tokenizer, params, len(ids), arrived)
-        box = EventBox(self._loop_mailbox())
+        box = EventBox(self._loop_mailbox(asyncio.get_running_loop()))
         self.service.start()
         self.service.submit(request, box.post, arrived)
         try:
@@ -192,8 +199,9 @@ class Frontend:
             if not assembler.engine_finished:
                 self.service.abort(request.request_id)
 
-    def _loop_mailbox(self) -> LoopMailbox:
-        loop = asyncio.get_running_loop()
+    def _loop_mailbox(self, loop: AbstractEventLoop) -> LoopMailbox:
+        from hayai.frontend_async import LoopMailbox  # as above
+
         mailbox = self._mailbox
         if mailbox is None or mailbox.loop is not loop:
             mailbox = self._mailbox = LoopMailbox(loop)

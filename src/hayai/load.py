@@ -6,10 +6,10 @@ the interpreter free.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,9 +92,8 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Loa
     environment = read_environment()
     _check_options(config)
     path = resolve_model(config.model, environment.home)
-    with GgufFile(path) as file, ThreadPoolExecutor(1, "hayai-text") as pool:
+    with GgufFile(path) as file:
         shape = model_config(file)
-        text = pool.submit(_read_text, file.metadata)
         config = _resolve(config, shape, environment)
         plans = build_plans(shape, "gguf")
         slots: dict[str, WeightSlot] = {}
@@ -104,6 +103,7 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Loa
             groups |= plan.groups
         limits = _limits(config)
         backend = BACKENDS[config.backend](config, progress)
+        text = _TextReader(file.metadata)
         runner = backend.compile(plans, FileWeights(file, "gguf", slots), limits)
         try:
             tokenizer, template = text.result()
@@ -203,9 +203,31 @@ def kv_values_per_token(groups: Iterable[CacheGroup]) -> int:
 # ---------------------------------------------------------------- text
 
 
-def _read_text(metadata: Mapping[str, object]) -> tuple[Tokenizer | None, ChatTemplate | None]:
-    tokenizer = Tokenizer.from_metadata(metadata)
-    return tokenizer, None if tokenizer is None else ChatTemplate.from_metadata(metadata, tokenizer)
+class _TextReader(threading.Thread):
+    """Reads vocabulary and chat template on a thread of its own. (concurrent.futures takes longer to import
+    than it saves.)"""
+
+    def __init__(self, metadata: Mapping[str, object]) -> None:
+        super().__init__(name="hayai-text", daemon=True)
+        self._metadata = metadata
+        self._found: tuple[Tokenizer | None, ChatTemplate | None] = (None, None)
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            tokenizer = Tokenizer.from_metadata(self._metadata)
+            template = None if tokenizer is None else ChatTemplate.from_metadata(self._metadata, tokenizer)
+            self._found = tokenizer, template
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> tuple[Tokenizer | None, ChatTemplate | None]:
+        """Wait for it; raises what it raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
 
 
 def _end_ids(tokenizer: Tokenizer | None, metadata: Mapping[str, object]) -> frozenset[int]:

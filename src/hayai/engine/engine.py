@@ -6,7 +6,7 @@ sampling parameters; text, files and threads are other rooms.
 
 from __future__ import annotations
 
-import random
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -69,7 +69,7 @@ class Engine:
         self.groups = dict(groups)
         self.end_ids = frozenset(end_ids)
         self.vocab_size = runner.vocab_size
-        self._random = random.Random(seed)
+        self._next_seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
         self._finished: Counter[str] = Counter()
         self._num_steps = 0
         self._prompt_tokens = 0
@@ -135,13 +135,21 @@ class Engine:
         seed = request.params.seed
         sequence = Sequence(
             request,
-            self._random.getrandbits(64) if seed is None else seed,
+            self._draw_seed() if seed is None else seed,
             self.end_ids,
             self.max_length,
             time.monotonic() if arrived is None else arrived,
         )
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
+
+    def _draw_seed(self) -> int:
+        """The next 64-bit seed: splitmix64 (Steele, Lea, Flood 2014)."""
+        mask = (1 << 64) - 1
+        self._next_seed = z = (self._next_seed + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return z ^ (z >> 31)
 
     def abort(self, request_id: str) -> None:
         """Stop a request before the next step; its last event says 'abort'. Unknown ids are ignored."""

@@ -59,9 +59,10 @@ class Batch:
 class Scheduler:
     """Waiting and running sequences. Not thread-safe: one thread owns an engine."""
 
-    def __init__(self, cache: KvCache, max_step_tokens: int) -> None:
+    def __init__(self, cache: KvCache, max_step_tokens: int, headroom: int = HEADROOM) -> None:
         self.cache = cache
         self.max_step_tokens = max_step_tokens
+        self.headroom = headroom
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -121,7 +122,7 @@ class Scheduler:
         if not self.cache.has_slot():
             return False
         others = [
-            (s.blocks, min(len(s.tokens) + HEADROOM, s.max_length))
+            (s.blocks, min(len(s.tokens) + self.headroom, s.max_length))
             for s in self.running
             if s.blocks is not None
         ]
