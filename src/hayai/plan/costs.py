@@ -58,7 +58,7 @@ class Traffic:
 
 def flops(op: ops.Op, plan: Plan, T: int, S: int, R: int, context: float) -> float:
     """Floating-point operations of one op in a step of these sizes (see Sizes)."""
-    return _COSTS[type(op)].flops(op, plan, Sizes(T, S, R, context))
+    return COSTS[type(op)].flops(op, plan, Sizes(T, S, R, context))
 
 
 def bytes_moved(
@@ -74,7 +74,7 @@ def bytes_moved(
 ) -> Traffic:
     """Bytes of one op in a step. weight_bits: per weight, of all slots or by slot name; kv_bytes: per
     cached element."""
-    cost, sizes = _COSTS[type(op)], Sizes(T, S, R, context)
+    cost, sizes = COSTS[type(op)], Sizes(T, S, R, context)
 
     def bits(name: str) -> float:
         return weight_bits[name] if isinstance(weight_bits, Mapping) else weight_bits
@@ -210,7 +210,7 @@ class _Cost:
     share: Callable[[Any, Plan, Sizes], float] = _whole
 
 
-_COSTS: dict[type[ops.Op], _Cost] = {
+COSTS: dict[type[ops.Op], _Cost] = {
     ops.Embed: _Cost(_none, share=_rows_looked_up),
     ops.RmsNorm: _Cost(_written(4)),
     ops.LayerNorm: _Cost(_written(7)),

@@ -204,8 +204,8 @@ def _kv_append(op: ops.KvAppend, plan: Plan) -> Expected:
     group = _group(plan, op.group, op.layer, ("full", "window", "mla", "index"))
     tokens = _buffer(plan, "k", op.k, 2)[0]
     heads = group.num_heads if group.kind in ("full", "window") else 1
-    yield "k", op.k, (tokens, heads * group.key_dim)
     _need((op.v is None) == (group.kind == "index"), "v", f"does not fit a group of kind {group.kind}")
+    yield "k", op.k, (tokens, heads * group.key_dim)
     if op.v is not None:
         yield "v", op.v, (tokens, heads * group.value_dim)
 

@@ -117,21 +117,19 @@ class _Sharder:
 
     def _cut(self, slot: WeightSlot, how: str | None, suffix: str) -> WeightSlot:
         """Cut `slot` as `how` says. A fallback is cut like the slot it stands for, under its own name."""
-        fallback = slot.fallback
-        if fallback is not None:
-            other = self.plan.slots[fallback]
-            if how is not None:
-                fallback = f"{fallback}@{suffix}"
-                other = replace(other, name=fallback)
-            self.slots[fallback] = self._cut(other, how, suffix)
-        if how is None:
-            return replace(slot, fallback=fallback)
-        axis = _AXES[how](slot)
-        size = slot.shape[axis]
-        part = self.share(size, f"{how} of weight {slot.name}")
-        shape = (*slot.shape[:axis], part, *slot.shape[axis + 1 :])
-        transforms = _with_cut(slot, how, self.rank * part, part)
-        return replace(slot, shape=shape, transforms=transforms, fallback=fallback, shard=None)
+        if how is not None:
+            axis = _AXES[how](slot)
+            part = self.share(slot.shape[axis], f"{how} of weight {slot.name}")
+            shape = (*slot.shape[:axis], part, *slot.shape[axis + 1 :])
+            transforms = _with_cut(slot, how, self.rank * part, part)
+            slot = replace(slot, shape=shape, transforms=transforms, shard=None)
+        if slot.fallback is None:
+            return slot
+        other = self.plan.slots[slot.fallback]
+        if how is not None:
+            other = replace(other, name=f"{other.name}@{suffix}")
+        self.slots[other.name] = self._cut(other, how, suffix)
+        return replace(slot, fallback=other.name)
 
 
 _AXES: dict[str, Callable[[WeightSlot], int]] = {

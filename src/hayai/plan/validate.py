@@ -215,7 +215,6 @@ def _op_text(plan: Plan, op: Op) -> str:
     for field in fields(op):
         value = getattr(op, field.name)
         if field.name not in operands and value is not None:
-            settings.append(
-                f"{field.name}={value:g}" if isinstance(value, float) else f"{field.name}={value}"
-            )
+            shown = f"{value:.9g}" if isinstance(value, float) else f"{value}"
+            settings.append(f"{field.name}={shown}")
     return text + (f" | {' '.join(settings)}" if settings else "")
