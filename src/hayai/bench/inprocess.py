@@ -1,0 +1,173 @@
+"""Our own engine in this process, stepped directly, and the read bandwidth of this process.
+
+The only file of the bench that drives the engine without HTTP. It goes through `load_model`, as every
+front does, and then calls `Engine.step()` in a plain loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hayai.backends.base import Runner, StepInput, StepOutput
+from hayai.bench.sides import Batched, Generated, Shape
+from hayai.config import EngineConfig
+from hayai.engine.request import EngineRequest, SamplingParams, TokenEvent
+from hayai.load import LoadedModel, load_model
+
+clock = time.perf_counter
+
+ROOFLINE_BYTES = 96 << 20
+"""Size of the bandwidth test's buffer: the step of a small model, and larger than any L3 share we get."""
+ROOFLINE_PASSES = 7
+SPARE_TOKENS = 24
+"""Room that a batched sequence keeps, so that none ends before the measured steps are over."""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Read bandwidth in GB/s (1e9 bytes), the median of several passes, by number of threads."""
+
+    gb_per_second: Mapping[int, float]
+
+
+class RecordingRunner:
+    """A runner that keeps how many rows the screened head rescored in each step (`survivors`)."""
+
+    def __init__(self, inner: Runner) -> None:
+        self._inner = inner
+        self.survivors: list[float] = []
+
+    @property
+    def vocab_size(self) -> int:
+        return self._inner.vocab_size
+
+    def step(self, step: StepInput, plan: str = "main") -> StepOutput:
+        output = self._inner.step(step, plan)
+        if "survivors" in output.stats:
+            self.survivors.append(output.stats["survivors"])
+        return output
+
+    def copy_blocks(self, group: str, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+        self._inner.copy_blocks(group, sources, targets)
+
+    def describe(self) -> Mapping[str, str | int | float]:
+        return self._inner.describe()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class HayaiSide:
+    """Our engine on one file with a number of threads."""
+
+    def __init__(
+        self,
+        model: str,
+        threads: int | None,
+        *,
+        context: int = 2048,
+        sequences: int = 8,
+        backend: str = "cpu",
+    ) -> None:
+        config = EngineConfig(
+            model=model,
+            backend=backend,
+            threads=threads,
+            context_length=context,
+            max_sequences=sequences,
+            kv_tokens=max(context, 4096),
+        )
+        self.loaded: LoadedModel = load_model(config)
+        self.label, self.peer, self.file = "hayai", "hayai", "same"
+        self._engine = self.loaded.engine
+        self._recorder = RecordingRunner(self._engine.runner)
+        self._engine.runner = self._recorder
+        self._ids = itertools.count()
+
+    def prepare(self, case: str, shape: Shape) -> None:
+        """Nothing to do: one engine serves every case."""
+
+    def generate(self, prompt: Sequence[int], steps: int) -> Generated:
+        name = self._add(prompt, steps + 1)
+        engine = self._engine
+        times: list[float] = []
+        tokens: list[int] = []
+        self._recorder.survivors.clear()
+        started = clock()
+        while len(times) <= steps:
+            for event in engine.step():
+                times.append(clock())
+                tokens.append(checked(event, name))
+        survivors = self._recorder.survivors[1:]
+        details = {"survivors": statistics.fmean(survivors)} if survivors else {}
+        return Generated(started, tuple(times), tuple(tokens), details)
+
+    def batch(self, prompts: Sequence[Sequence[int]], steps: int) -> Batched:
+        engine = self._engine
+        names = {self._add(prompt, steps + 1 + SPARE_TOKENS) for prompt in prompts}
+        waiting = set(names)
+        started = clock()
+        while waiting:
+            for event in engine.step():
+                checked(event)
+                waiting.discard(event.request_id)
+        times = [clock()]
+        for _ in range(steps):
+            events = engine.step()
+            times.append(clock())
+            for event in events:
+                checked(event)
+            if len(events) != len(names):
+                raise RuntimeError(f"a batched step gave {len(events)} tokens for {len(names)} sequences")
+        for name in names:
+            engine.abort(name)
+        while engine.has_work:
+            engine.step()
+        return Batched(started, tuple(times), len(names))
+
+    def settings(self, case: str) -> str:
+        facts = self._engine.runner.describe()
+        return ", ".join(f"{name} {facts[name]}" for name in ("isa", "threads") if name in facts)
+
+    def pause(self) -> None:
+        """Our threads sleep between steps; nothing to stop."""
+
+    def resume(self) -> None:
+        """See `pause`."""
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _add(self, prompt: Sequence[int], max_tokens: int) -> str:
+        name = f"bench-{next(self._ids)}"
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        self._engine.add(EngineRequest(name, tuple(prompt), params))
+        return name
+
+
+def checked(event: TokenEvent, name: str | None = None) -> int:
+    """The event's token; RuntimeError where the engine gave something else than a token."""
+    if event.error or event.token_id < 0 or (name is not None and event.request_id != name):
+        raise RuntimeError(f"the engine gave {event} instead of a token")
+    return event.token_id
+
+
+def measure_roofline(threads: Sequence[int]) -> Roofline | None:
+    """Read bandwidth of this process, with the page size of our weights; None without the native core."""
+    try:
+        # optional: the reference backend runs where the native core was not built
+        from hayai._native import read_bandwidth  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    found = {}
+    for count in threads:
+        seconds = read_bandwidth(ROOFLINE_BYTES, count, True, ROOFLINE_PASSES)
+        found[count] = ROOFLINE_BYTES / statistics.median(seconds) / 1e9
+    return Roofline(found)

@@ -1,0 +1,214 @@
+"""HTTP servers as sides: ours and llama-server, each in its own process, stopped when not its turn."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hayai.bench.http_client import Event, HttpFailure, StreamResult, get_json, post_stream
+from hayai.bench.machine import status_kib
+from hayai.bench.peers import Pausable, PeerFailure
+
+HOST = "127.0.0.1"
+START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One streamed answer. `times` are the arrivals of content chunks, `num_tokens` the server's own count.
+
+    tokens_per_chunk is disclosed beside every figure: with one token per chunk, gaps are token gaps.
+    """
+
+    sent: float
+    times: tuple[float, ...]
+    num_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def first(self) -> float:
+        """Time to first token in seconds."""
+        return self.times[0] - self.sent
+
+    @property
+    def rate(self) -> float:
+        """Decode tokens per second: (n - 1) / (t_last - t_first), n in tokens."""
+        return (self.num_tokens - 1) / (self.times[-1] - self.times[0])
+
+    @property
+    def tokens_per_chunk(self) -> float:
+        return self.num_tokens / len(self.times)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a server is asked for a forced-length greedy continuation of token ids, and how it answers."""
+
+    path: str
+    health: str
+
+    def payload(self, prompt: Sequence[int], max_tokens: int) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+    def content(self, event: Event) -> bool:
+        """Whether an event carries generated text."""
+        raise NotImplementedError
+
+    def counts(self, result: StreamResult) -> tuple[int, int, int]:
+        """(output tokens, prompt tokens, cached prompt tokens) by the server's own account."""
+        raise NotImplementedError
+
+
+class OpenAiCompletions(Dialect):
+    """/v1/completions with token ids as the prompt and `ignore_eos` as extension: our server."""
+
+    def payload(self, prompt: Sequence[int], max_tokens: int) -> Mapping[str, Any]:
+        return {
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+    def content(self, event: Event) -> bool:
+        choices = event.data.get("choices") or ()
+        return any(choice.get("text") for choice in choices)
+
+    def counts(self, result: StreamResult) -> tuple[int, int, int]:
+        usage = next(e.data["usage"] for e in reversed(result.events) if e.data.get("usage"))
+        details = usage.get("prompt_tokens_details") or {}
+        return usage["completion_tokens"], usage["prompt_tokens"], details.get("cached_tokens") or 0
+
+
+class LlamaCompletion(Dialect):
+    """llama-server's own /completion, its shortest path to a token."""
+
+    def payload(self, prompt: Sequence[int], max_tokens: int) -> Mapping[str, Any]:
+        return {
+            "prompt": list(prompt),
+            "n_predict": max_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "stream": True,
+        }
+
+    def content(self, event: Event) -> bool:
+        return bool(event.data.get("content"))
+
+    def counts(self, result: StreamResult) -> tuple[int, int, int]:
+        timings = result.events[-1].data["timings"]
+        return timings["predicted_n"], timings["prompt_n"], timings.get("cache_n", 0)
+
+
+OPENAI = OpenAiCompletions("/v1/completions", "/health")
+LLAMA = LlamaCompletion("/completion", "/health")
+
+
+class Server(Pausable):
+    """A server process on a free port of the loopback."""
+
+    def __init__(
+        self, label: str, peer: str, file: str, command: Sequence[str], port: int, dialect: Dialect,
+        log: Path,
+    ) -> None:  # fmt: skip
+        self.label, self.peer, self.file = label, peer, file
+        self.port, self.dialect = port, dialect
+        self.facts = ""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log.open("ab")
+        self.log_path = log
+        super().__init__(subprocess.Popen(command, stdout=self._log, stderr=self._log))
+        try:
+            self._wait_ready()
+        except PeerFailure:
+            self.close()
+            raise
+        self.pause()
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                if get_json(HOST, self.port, self.dialect.health)[0] == 200:
+                    return
+            except (OSError, IndexError, ValueError):
+                pass
+            time.sleep(0.05)
+        tail = self.log_path.read_bytes()[-400:].decode(errors="replace").strip()
+        raise PeerFailure(f"{self.label} did not get ready in {START_SECONDS:.0f} s: {tail}")
+
+    def stream(self, prompt: Sequence[int], max_tokens: int) -> Streamed:
+        """One forced-length greedy answer. PeerFailure where it fails or is short."""
+        payload = self.dialect.payload(prompt, max_tokens)
+        self.resume()
+        try:
+            result = post_stream(HOST, self.port, self.dialect.path, payload)
+        except HttpFailure as error:
+            raise PeerFailure(f"{self.label}: {error}") from error
+        finally:
+            self.pause()
+        times = tuple(e.time for e in result.events if self.dialect.content(e))
+        tokens, prompted, cached = self.dialect.counts(result)
+        if tokens != max_tokens or len(times) < 1:
+            raise PeerFailure(f"{self.label}: {tokens} tokens in {len(times)} chunks, {max_tokens} asked")
+        if cached:
+            raise PeerFailure(f"{self.label}: {cached} prompt tokens came from a cache; the run is void")
+        return Streamed(result.sent, times, tokens, prompted, cached)
+
+    def settings(self, case: str) -> str:
+        return self.facts
+
+    def peak_mb(self) -> float | None:
+        """VmHWM in MB (1e6 bytes)."""
+        kib = status_kib(self.process.pid, "VmHWM")
+        return None if kib is None else kib * 1024 / 1e6
+
+    def close(self) -> None:
+        self.terminate()
+        self._log.close()
+
+
+def free_port() -> int:
+    """A port of the loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def hayai_command() -> list[str]:
+    """How to start our own command line: the script of this environment, or the module it runs."""
+    beside = Path(sys.executable).with_name("hayai")
+    return [str(beside)] if os.access(beside, os.X_OK) else [sys.executable, "-m", "hayai.cli.main"]
+
+
+def start_hayai(model: str, threads: int, context: int, log: Path) -> Server:
+    """`hayai serve` on a free port."""
+    port = free_port()
+    command = [
+        *hayai_command(), "serve", "--model", model, "--host", HOST, "--port", str(port),
+        "--threads", str(threads), "--context", str(context),
+    ]  # fmt: skip
+    return Server("hayai serve", "hayai", "same", command, port, OPENAI, log)
+
+
+def start_llama(
+    label: str, file: str, binary: str, arguments: Sequence[str], places: Mapping[str, str], log: Path
+) -> Server:
+    """llama-server on a free port; `places` fills {model}, {threads}, {context} of the arguments."""
+    port = free_port()
+    filled = {**places, "host": HOST, "port": str(port)}
+    command = [binary, *(argument.format(**filled) for argument in arguments)]
+    return Server(label, "llama-server", file, command, port, LLAMA, log)
