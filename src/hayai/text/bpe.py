@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hayai.errors import ModelError
 from hayai.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
-from hayai.text.vocab import CONTROL, PREFIX, UNKNOWN, USER_DEFINED, Vocabulary, strings, text
+from hayai.text.vocab import CONTROL, NORMAL, PREFIX, UNKNOWN, USER_DEFINED, Vocabulary, strings, text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -45,6 +46,8 @@ class ByteBpe:
         """The bytes that a token stands for."""
         if kind in (CONTROL, USER_DEFINED, UNKNOWN):
             return token.encode()
+        if kind != NORMAL:  # placeholders that fill up a vocabulary; nothing is printed for them
+            return b""
         try:
             return token.translate(_LATIN1_OF_LETTER).encode("latin-1")
         except UnicodeEncodeError:  # letters that stand for no byte: the token means itself
@@ -87,12 +90,21 @@ def _build(vocabulary: Vocabulary, merges: list[tuple[str, str]], pre: PreTokeni
     # Imported here: 10 to 25 ms that a run without text should not pay.
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+    ids = dict(vocabulary.ids)
+    made = {left + right for left, right in merges} if pre.ignore_merges else set()
+    for token_id in vocabulary.ids_of_type(CONTROL, UNKNOWN):  # a word of text must not become one of these
+        name = vocabulary.tokens[token_id]
+        if name not in made:
+            ids[f"\0{ids.pop(name)}"] = token_id
     try:
-        model = models.BPE(dict(vocabulary.ids), merges, ignore_merges=pre.ignore_merges)
+        model = models.BPE(ids, merges, ignore_merges=pre.ignore_merges)
     except Exception as error:
         raise ModelError(f"the merges do not fit the vocabulary: {error}") from error
     library = Tokenizer(model)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.splits]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    library.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    steps = [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    missing = "".join(letter for letter in LETTER_OF_BYTE.values() if letter not in vocabulary.ids)
+    if missing:  # bytes that no token has: they vanish, but nothing is merged across them
+        steps.append(pre_tokenizers.Split(Regex(f"[{re.escape(missing)}]"), "removed"))
+    library.pre_tokenizer = pre_tokenizers.Sequence(steps)
     return library

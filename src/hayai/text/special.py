@@ -12,8 +12,10 @@ class SpecialTokens:
     there one dictionary look-up is made per distinct length of the tokens that begin so.
     """
 
-    def __init__(self, ids: Mapping[str, int]) -> None:
+    def __init__(self, ids: Mapping[str, int], strip_after: frozenset[int] = frozenset()) -> None:
+        """`ids` of the tokens by name; white space after those in `strip_after` is dropped."""
         self._ids = dict(ids)
+        self._strip_after = strip_after
         self._lengths: dict[str, list[int]] = {}  # first two characters -> lengths, longest first
         for token in self._ids:
             self._lengths.setdefault(token[:2], []).append(len(token))
@@ -51,16 +53,18 @@ class SpecialTokens:
             return [text] if text else []
         return self._parts(text, found)
 
-    @staticmethod
-    def _parts(text: str, found: list[tuple[int, int, int]]) -> Iterator[str | int]:
+    def _parts(self, text: str, found: list[tuple[int, int, int]]) -> Iterator[str | int]:
         position = 0
-        for start, end, token_id in found:
-            if start > position:
-                yield text[position:start]
-            yield token_id
-            position = end
-        if position < len(text):
-            yield text[position:]
+        previous = -1
+        for start, end, token_id in [*found, (len(text), len(text), -1)]:
+            stretch = text[position:start]
+            if previous in self._strip_after:
+                stretch = stretch.lstrip(" \t\n\v\f\r")
+            if stretch:
+                yield stretch
+            if token_id >= 0:
+                yield token_id
+            position, previous = end, token_id
 
 
 def _places(text: str, head: str) -> Iterator[int]:

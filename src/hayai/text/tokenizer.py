@@ -5,8 +5,8 @@ Special tokens. Control tokens (`<|im_end|>`) are found in text only where the c
 whole text, and what lies between is encoded on its own.
 
 Text that is not Unicode. Python carries bytes that are not UTF-8 as lone surrogates
-(`errors="surrogateescape"`); each one is encoded as U+FFFD, which is also what llama.cpp makes of such a
-byte. Nothing raises.
+(`errors="surrogateescape"`); each one is encoded as U+FFFD, which is also what llama.cpp makes of such a byte
+before byte-level BPE. Nothing raises.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Protocol
 from hayai.errors import ModelError
 from hayai.text.bpe import ByteBpe
 from hayai.text.special import SpecialTokens
+from hayai.text.spm import SentencePiece
 from hayai.text.vocab import (
     CONTROL,
     PREFIX,
@@ -46,6 +47,7 @@ class Encoder(Protocol):
 # tokenizer.ggml.model -> how to build its encoder, and the special ids that the kind implies.
 KINDS: Mapping[str, tuple[Callable[[Mapping[str, object], Vocabulary], Encoder], Mapping[str, int]]] = {
     "gpt2": (ByteBpe, {}),
+    "llama": (SentencePiece, {"bos": 1, "eos": 2, "unk": 0}),
 }
 NO_VOCABULARY = ("no_vocab", "none")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -55,7 +57,12 @@ class Tokenizer:
     """A model's tokenizer. Immutable; safe to use from several threads."""
 
     def __init__(
-        self, vocabulary: Vocabulary, encoder: Encoder, add_bos: bool, add_space_prefix: bool
+        self,
+        vocabulary: Vocabulary,
+        encoder: Encoder,
+        add_bos: bool,
+        add_space_prefix: bool,
+        strip_after: frozenset[int] = frozenset(),
     ) -> None:
         if add_bos and "bos" not in vocabulary.special:
             raise ModelError(f"{PREFIX}add_bos_token is true but the file has no {PREFIX}bos_token_id")
@@ -71,9 +78,9 @@ class Tokenizer:
         self.pieces = tuple(map(encoder.piece, vocabulary.tokens, vocabulary.types))
         user = {vocabulary.tokens[i]: i for i in vocabulary.ids_of_type(USER_DEFINED)}
         control = {vocabulary.tokens[i]: i for i in sorted(self.special_ids)}
-        self._user_tokens = SpecialTokens(user)
+        self._user_tokens = SpecialTokens(user, strip_after)
         self._control_tokens = SpecialTokens(control)
-        self._all_tokens = SpecialTokens(user | control)
+        self._all_tokens = SpecialTokens(user | control, strip_after)
         edges = {token[0] for token in control} | {token[-1] for token in control}
         self.control_edges = frozenset(edge for edge in edges if not edge.isalnum() and edge not in "_-")
 
@@ -100,6 +107,7 @@ class Tokenizer:
             encoder,
             flag(metadata, "add_bos_token", encoder.add_bos),
             flag(metadata, "add_space_prefix", encoder.add_space_prefix),
+            _strip_after(metadata, vocabulary),
         )
 
     def encode(self, text: str, *, special: bool, bos: bool | None = None) -> list[int]:
@@ -161,6 +169,16 @@ class Tokenizer:
         """Text of `ids`, bytes that are not UTF-8 replaced; `special`: control tokens appear by name."""
         skipped = frozenset() if special else self.special_ids
         return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", "replace")
+
+
+def _strip_after(metadata: Mapping[str, object], vocabulary: Vocabulary) -> frozenset[int]:
+    """Special tokens after which white space is dropped: no file says so, llama.cpp knows it of Phi-3."""
+    name = str(metadata.get("general.name", "")).lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return frozenset()
+    special = vocabulary.ids_of_type(CONTROL, UNKNOWN, USER_DEFINED)
+    kept = {vocabulary.ids.get(token) for token in ("<unk>", "<s>", "<|endoftext|>")}
+    return frozenset(special) - kept
 
 
 def _clean(text: str) -> str:
