@@ -107,7 +107,7 @@ class Generation(Response):
         if not self._started:
             raise error
         shown = as_api_error(error)
-        if shown.status >= 500:
+        if shown.status >= 500 and shown is not error:
             _log.error("request %s failed: %s", self._request_id, error, exc_info=error)
         event = b"data: " + shown.body() + b"\n\n"
         await send({"type": "http.response.body", "body": event, "more_body": False})

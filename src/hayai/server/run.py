@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import signal
 import socket
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -64,8 +65,8 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: FastAPI, sock: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM. The first stops all work at the next step, a second doesn't wait."""
+def make_server(app: FastAPI, on_ready: Callable[[], None] | None = None) -> HttpServer:
+    """A server for `app`, not started. `on_ready` is called when it accepts requests."""
     config = uvicorn.Config(
         app,
         loop="uvloop" if _has_uvloop() else "asyncio",
@@ -78,9 +79,18 @@ def serve(app: FastAPI, sock: socket.socket, on_ready: Callable[[], None] | None
         timeout_keep_alive=75,
         backlog=1024,
     )
-    server = _Server(config, app, on_ready)
-    with suppress(KeyboardInterrupt):
-        server.run(sockets=[sock])
+    return HttpServer(config, app, on_ready)
+
+
+def serve(app: FastAPI, sock: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM. The first stops all work at the next step, a second doesn't wait.
+
+    ConfigError: somebody else listens on the port since it was bound.
+    """
+    try:
+        make_server(app, on_ready).run(sockets=[sock])
+    except OSError as error:
+        raise ConfigError(f"can't listen on {url_of(sock)}: {error.strerror or error}") from None
 
 
 def _has_uvloop() -> bool:
@@ -91,7 +101,7 @@ def _has_uvloop() -> bool:
     return False
 
 
-class _Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn's server, which stops running requests at once and does not raise the signal again."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: Callable[[], None] | None) -> None:
@@ -108,6 +118,9 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals reach the main thread only; whoever runs us elsewhere sets should_exit
+            return
         before = {s: signal.signal(s, self.handle_exit) for s in _SIGNALS}
         try:
             yield
@@ -115,7 +128,13 @@ class _Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
+    def stop(self) -> None:
+        """Stop all work, answer what is in flight with an error, and return from `run`."""
+        self.should_exit = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._app.state.gate.close)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True  # the second time: don't wait for anything
+        self.stop()

@@ -1,0 +1,122 @@
+"""A real server process for the whole folder, and servers inside this process where a test looks within."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from chat_model import write_chat_model
+from openai import OpenAI
+
+from hayai.config import EngineConfig, ServerConfig
+from hayai.frontend import Frontend
+from hayai.load import load_model
+from hayai.server.app import create_app
+from hayai.server.run import bind, make_server, url_of
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    process: subprocess.Popen[str]
+    url: str
+    head: str
+
+    def interrupt(self) -> tuple[int, str]:
+        """Send Ctrl-C; exit code and what was printed to stderr."""
+        self.process.send_signal(signal.SIGINT)
+        _, errors = self.process.communicate(timeout=20)
+        return self.process.returncode, errors
+
+
+def start_server(model: Path, *options: str) -> ServerProcess:
+    """`hayai serve` on a free port, once it listens."""
+    command = [sys.executable, "-W", "error", "-m", "hayai.cli.main", "serve", "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--model", str(model), "--backend", "reference", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    head = ""
+    for line in process.stdout:
+        head += line
+        found = re.search(r"listening on (http://\S+)", line)
+        if found:
+            return ServerProcess(process, found[1], head)
+    raise AssertionError(f"the server did not start: {process.communicate()[1]}")
+
+
+@pytest.fixture(scope="session")
+def chat_model(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(default_model, tmp_path_factory.mktemp("models") / "tiny-chat.gguf")
+
+
+@pytest.fixture(scope="session")
+def server(chat_model: Path) -> Iterator[ServerProcess]:
+    """One server for all tests; it has to end cleanly and without a word of warning."""
+    running = start_server(chat_model)
+    try:
+        yield running
+        code, errors = running.interrupt()
+    finally:
+        running.process.kill()
+        running.process.wait()
+    assert (code, errors) == (0, "stopped\n")
+
+
+@pytest.fixture(scope="session")
+def client(server: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as openai:
+        yield openai
+
+
+@pytest.fixture(scope="session")
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as raw:
+        yield raw
+
+
+@dataclass(frozen=True)
+class InnerServer:
+    """A server on a thread of this process: its engine can be looked at."""
+
+    frontend: Frontend
+    url: str
+
+
+@pytest.fixture
+def inner_server(chat_model: Path) -> Iterator[Callable[..., InnerServer]]:
+    """Call it with ServerConfig fields."""
+    stops: list[Callable[[], None]] = []
+
+    def start(**options: int) -> InnerServer:
+        frontend = Frontend(load_model(EngineConfig(model=str(chat_model), backend="reference")))
+        config = ServerConfig(port=0, **options)
+        sock = bind(config)
+        ready = threading.Event()
+        server = make_server(create_app(frontend, config), ready.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+
+        def stop() -> None:
+            server.stop()
+            thread.join(20)
+            sock.close()
+            assert not thread.is_alive()
+
+        stops.append(stop)
+        assert ready.wait(20)
+        return InnerServer(frontend, url_of(sock))
+
+    yield start
+    for stop in stops:
+        stop()

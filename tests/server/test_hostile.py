@@ -1,0 +1,262 @@
+"""What a client may get wrong, and what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import httpx
+import pytest
+from chat_model import CONTEXT
+
+from hayai.config import ServerConfig
+
+CHAT = "/v1/chat/completions"
+COMPLETION = "/v1/completions"
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+def error_of(reply: httpx.Response, status: int = 400) -> dict[str, Any]:
+    assert reply.status_code == status, reply.text
+    assert reply.headers["content-type"] == "application/json"
+    body = reply.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]
+
+
+BAD_CHAT = [
+    # field at fault, its value, text in the message
+    ("temprature", 0.5, "did you mean temperature?"),
+    ("frobnicate", None, "unknown field: frobnicate"),
+    ("tools", [{"type": "function"}], "does not call tools"),
+    ("tool_choice", "required", "does not call tools"),
+    ("response_format", {"type": "json_object"}, "only {'type': 'text'}"),
+    ("modalities", ["audio"], "plain text"),
+    ("prediction", {"type": "content"}, "not served"),
+    ("reasoning_effort", "high", "not supported"),
+    ("temperature", 2.5, "from 0 to 2: 2.5"),
+    ("temperature", "hot", "found a string"),
+    ("temperature", True, "found true or false"),
+    ("top_p", 0, "above 0 and at most 1"),
+    ("top_p", 1.01, "from 0 to 1"),
+    ("top_k", -1, "0 (off) or more"),
+    ("top_k", 1.5, "found 1.5"),
+    ("min_p", 2, "from 0 to 1"),
+    ("repetition_penalty", 0, "above 0"),
+    ("presence_penalty", 3, "from -2 to 2"),
+    ("frequency_penalty", -3, "from -2 to 2"),
+    ("max_tokens", 0, "greater than or equal to 1"),
+    ("max_tokens", -1, "greater than or equal to 1"),
+    ("max_tokens", "9", "found a string"),
+    ("max_completion_tokens", 0, "greater than or equal to 1"),
+    ("n", 0, "greater than or equal to 1"),
+    ("n", 17, "less than or equal to 16"),
+    ("seed", 1 << 64, "found"),
+    ("seed", -(1 << 63) - 1, "found"),
+    ("seed", 0.5, "found 0.5"),
+    ("stream", "yes", "found a string"),
+    ("stream_options", {"include_usage": True}, "needs stream: true"),
+    ("ignore_eos", 1, "found 1"),
+    ("logprobs", 3, "found 3"),
+    ("top_logprobs", 3, "needs logprobs"),
+    ("top_logprobs", 21, "less than or equal to 20"),
+    ("stop", [""], "non-empty"),
+    ("stop", ["x"] * 17, "at most 16"),
+    ("stop", [1], "string or a list of strings"),
+    ("stop", {}, "an object"),
+    ("stop_token_ids", ["x"], "found a string"),
+    ("stop_token_ids", list(range(65)), "at most 64"),
+    ("logit_bias", {"x": 1}, "must be a token id: 'x'"),
+    ("logit_bias", {"1": "x"}, "must be a number"),
+    ("logit_bias", {"1": 101}, "from -100 to 100"),
+    ("logit_bias", {"999999999": 1}, "the vocabulary has"),
+    ("logit_bias", [1], "a list"),
+    ("model", 5, "found 5"),
+    ("messages", None, "required"),
+    ("messages", [], "at least one"),
+    ("messages", "hi", "a string"),
+    ("messages", HELLO * 4097, "at most 4096"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "text"), BAD_CHAT)
+def test_bad_chat_field_is_named(http: httpx.Client, field: str, value: object, text: str) -> None:
+    body = {"messages": HELLO, "max_tokens": 1, field: value}
+    error = error_of(http.post(CHAT, json=body))
+    assert text in error["message"]
+    assert error["param"].partition("[")[0] == field and error["type"] == "invalid_request_error"
+    assert error["code"]
+
+
+BAD_MESSAGES = [
+    ("messages[0]", "hi"),
+    ("messages[0].role", {"content": "x"}),
+    ("messages[0].role", {"role": "root", "content": "x"}),
+    ("messages[0].role", {"role": "tool", "content": "x"}),
+    ("messages[0].role", {"role": ["user"], "content": "x"}),
+    ("messages[0].content", {"role": "user"}),
+    ("messages[0].content", {"role": "user", "content": 5}),
+    ("messages[0].content[1]", {"role": "user", "content": [{"type": "text", "text": "x"}, "y"]}),
+    ("messages[0].content[0].type", {"role": "user", "content": [{"type": "image_url", "image_url": {}}]}),
+    ("messages[0].content[0].text", {"role": "user", "content": [{"type": "text"}]}),
+    (
+        "messages[0].content[0].weight",
+        {"role": "user", "content": [{"type": "text", "text": "", "weight": 1}]},
+    ),
+    ("messages[0].name", {"role": "user", "content": "x", "name": 5}),
+    ("messages[0].tool_calls", {"role": "assistant", "content": "x", "tool_calls": [{}]}),
+    ("messages[0].colour", {"role": "user", "content": "x", "colour": "red"}),
+]
+
+
+@pytest.mark.parametrize(("param", "message"), BAD_MESSAGES)
+def test_bad_message_is_placed(http: httpx.Client, param: str, message: object) -> None:
+    error = error_of(http.post(CHAT, json={"messages": [message, *HELLO]}))
+    assert error["param"] == param and param in error["message"]
+
+
+BAD_COMPLETIONS = [
+    ("echo", True, "not repeated"),
+    ("suffix", "end", "can't be inserted"),
+    ("best_of", 2, "use n"),
+    ("logprobs", 21, "less than or equal to 20"),
+    ("logprobs", True, "found true or false"),
+    ("prompt", None, "required"),
+    ("prompt", [], "an empty list"),
+    ("prompt", 5, "5"),
+    ("prompt", [1, "a"], "prompt[0]"),
+    ("prompt", ["a", []], "prompt[1]"),
+    ("prompt", [1, True], "prompt[0]"),
+    ("prompt", [1, -1], "not a token id: -1"),
+    ("prompt", [1 << 40], "not a token id"),
+    ("prompt", [1, 49152], "not in the vocabulary"),
+    ("prompt", "", "at least one token"),
+    ("prompt", ["x"] * 129, "at most 128"),
+    ("messages", HELLO, "unknown field"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "text"), BAD_COMPLETIONS)
+def test_bad_completion_field_is_named(http: httpx.Client, field: str, value: object, text: str) -> None:
+    error = error_of(http.post(COMPLETION, json={"prompt": "x", "max_tokens": 1, field: value}))
+    assert text in error["message"] and error["param"] == field
+
+
+def test_the_two_limits_of_length_must_agree(http: httpx.Client) -> None:
+    body = {"messages": HELLO, "max_tokens": 1, "max_completion_tokens": 2}
+    assert error_of(http.post(CHAT, json=body))["param"] == "max_tokens"
+    body["max_completion_tokens"] = 1
+    assert http.post(CHAT, json=body).json()["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_longer_than_the_context_says_both_numbers(http: httpx.Client, stream: bool) -> None:
+    body = {"prompt": list(range(600)), "stream": stream}
+    error = error_of(http.post(COMPLETION, json=body))
+    assert "600 tokens" in error["message"] and f"{CONTEXT} tokens" in error["message"]
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    chat = {"messages": [{"role": "user", "content": "word " * 600}], "stream": stream, "n": 2}
+    error = error_of(http.post(CHAT, json=chat))
+    assert f"{CONTEXT} tokens" in error["message"] and error["param"] == "messages"
+    assert error["code"] == "context_length_exceeded"
+
+
+def test_a_prompt_of_megabytes_is_refused_at_once(http: httpx.Client) -> None:
+    error = error_of(http.post(COMPLETION, json={"prompt": "a b " * (2 << 20)}))
+    assert error["code"] == "context_length_exceeded" and str(CONTEXT) in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b'{"messages": [}',
+        b'{"messages": "\xff"}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"temperature": NaN}',
+        b'{"a":' * 5000 + b"1" + b"}" * 5000,
+        b"[" * 100_000,
+    ],
+)
+def test_bodies_that_are_not_json_objects(http: httpx.Client, body: bytes) -> None:
+    reply = http.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert error_of(reply)["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_only_json_is_read(http: httpx.Client, content_type: str | None) -> None:
+    """A page of another origin may send these types without being asked."""
+    headers = {} if content_type is None else {"content-type": content_type}
+    reply = http.post(CHAT, content=json.dumps({"messages": HELLO}).encode(), headers=headers)
+    assert error_of(reply, 415)["code"] == "unsupported_media_type"
+
+
+def test_huge_bodies_are_refused(http: httpx.Client) -> None:
+    limit = ServerConfig.max_body_bytes
+    headers = {"content-type": "application/json", "content-length": str(limit + 1)}
+    with socket.create_connection((http.base_url.host, http.base_url.port)) as raw:
+        head = "".join(f"{k}: {v}\r\n" for k, v in headers.items())
+        raw.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\n{head}\r\n".encode())
+        assert raw.recv(100).startswith(b"HTTP/1.1 413")
+
+    def endless():
+        for _ in range(limit // (1 << 20) + 1):
+            yield b" " * (1 << 20)
+
+    chunked = http.post(CHAT, content=endless(), headers={"content-type": "application/json"})
+    error = error_of(chunked, 413)
+    assert error["code"] == "body_too_large" and str(limit) in error["message"]
+
+
+def test_routes_that_are_not_there(http: httpx.Client) -> None:
+    assert error_of(http.get("/v2/models"), 404)["code"] == "not_found"
+    reply = http.get(CHAT)
+    assert error_of(reply, 405)["message"] == f"method not allowed: GET {CHAT}; allowed: POST"
+    assert reply.headers["allow"] == "POST"
+    error = error_of(http.post(CHAT, json={"messages": HELLO, "model": "x" * 5000}), 404)
+    assert error["param"] == "model" and len(error["message"]) < 300
+
+
+def test_health_ready_and_schema(http: httpx.Client) -> None:
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/ready").json() == {"status": "ready"}
+    schema = http.get("/openapi.json").json()
+    chat = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"messages", "temperature", "top_k", "ignore_eos"} <= set(chat["properties"])
+
+
+def test_two_requests_in_one_packet(http: httpx.Client) -> None:
+    """Pipelined requests are answered in order."""
+    with socket.create_connection((http.base_url.host, http.base_url.port)) as raw:
+        raw.sendall(
+            b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        )
+        raw.settimeout(10)
+        text = b""
+        while part := raw.recv(4096):
+            text += part
+    assert text.index(b'"ok"') < text.index(b'"ready"')
+
+
+def test_health_answers_while_a_long_prompt_runs(http: httpx.Client) -> None:
+    async def both() -> list[float]:
+        async with httpx.AsyncClient(base_url=str(http.base_url), timeout=60) as client:
+            body = {"prompt": [list(range(1, 500 - i)) for i in range(16)], "max_tokens": 1}
+            work = asyncio.create_task(client.post(COMPLETION, json=body))
+            waits = []
+            while not work.done():
+                began = asyncio.get_running_loop().time()
+                assert (await client.get("/health")).status_code == 200
+                waits.append(asyncio.get_running_loop().time() - began)
+                await asyncio.sleep(0.01)
+            assert (await work).status_code == 200
+            return waits
+
+    waits = asyncio.run(both())
+    assert len(waits) >= 3 and max(waits) < 1.0

@@ -1,0 +1,156 @@
+"""Work stops when nobody wants it any more: clients that leave, a full server, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import InnerServer, start_server
+
+from hayai.config import ServerConfig
+from hayai.errors import ConfigError
+from hayai.server.run import bind, is_loopback
+
+LONG = {"prompt": [1, 2, 3], "max_tokens": 500, "ignore_eos": True, "temperature": 0}
+StartServer = Callable[..., InnerServer]
+
+
+def request_bytes(**more: object) -> bytes:
+    body = json.dumps({**LONG, **more}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    return head.encode() + b"\r\n\r\n" + body
+
+
+def connect(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+@pytest.mark.parametrize("options", [{"stream": True}, {"stream": False}, {"stream": True, "n": 3}])
+def test_a_client_that_leaves_stops_the_work(inner_server: StartServer, options: dict[str, object]) -> None:
+    server = inner_server()
+    engine = server.frontend.service.engine
+    raw = connect(server.url)
+    raw.sendall(request_bytes(**options))
+    if options["stream"]:
+        raw.recv(1)
+    count = options.get("n", 1)
+    assert wait_until(lambda: engine.stats().running == count and engine.stats().output_tokens > 5)
+    raw.close()
+    assert wait_until(lambda: not engine.has_work, 1.0)
+    stats = engine.stats()
+    assert stats.finished == {"abort": count} and stats.kv_blocks_used == 0
+    assert stats.output_tokens < count * 500
+    time.sleep(0.1)
+    assert engine.stats().num_steps == stats.num_steps
+    assert httpx.get(f"{server.url}/ready").status_code == 200
+
+
+def test_a_client_that_leaves_inside_its_body(inner_server: StartServer) -> None:
+    server = inner_server()
+    raw = connect(server.url)
+    raw.sendall(request_bytes()[:-5])
+    raw.close()
+    assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=20).status_code == 200
+    assert server.frontend.service.engine.stats().finished == {"length": 1}
+
+
+def test_a_full_server_says_so(inner_server: StartServer) -> None:
+    server = inner_server(max_waiting=2)
+    engine = server.frontend.service.engine
+    with connect(server.url) as raw:
+        raw.sendall(request_bytes(n=2, stream=True))
+        assert raw.recv(12) == b"HTTP/1.1 200"
+        reply = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=20)
+        assert reply.status_code == 503 and reply.headers["retry-after"] == "1"
+        assert reply.json()["error"]["code"] == "overloaded"
+    assert wait_until(lambda: not engine.has_work, 1.0)
+    assert wait_until(
+        lambda: httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}).status_code == 200
+    )
+
+
+def test_ctrl_c_ends_a_stream_with_an_error_and_the_server_with_zero(chat_model: Path) -> None:
+    server = start_server(chat_model)
+    with connect(server.url) as raw, connect(server.url) as waiting:
+        raw.sendall(request_bytes(stream=True))
+        waiting.sendall(request_bytes(stream=False, max_tokens=400))
+        text = raw.recv(4096)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        while part := raw.recv(65536):
+            text += part
+        answer = b""
+        while part := waiting.recv(65536):
+            answer += part
+    assert b'"code":"shutting_down"' in text and b"[DONE]" not in text
+    assert answer.startswith(b"HTTP/1.1 503") and b'"code":"shutting_down"' in answer
+    _, errors = server.process.communicate(timeout=20)
+    assert (server.process.returncode, errors) == (0, "stopped\n")
+    assert time.monotonic() - began < 3.0
+
+
+def test_an_engine_that_breaks_fails_its_requests_and_readiness(
+    inner_server: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = inner_server()
+    runner = server.frontend.service.engine.runner
+
+    def broken(*args: object, **more: object) -> None:
+        raise MemoryError("out of memory in a step")
+
+    with connect(server.url) as raw:
+        raw.sendall(request_bytes(stream=True))
+        text = raw.recv(4096)
+        runner.step = broken  # type: ignore[method-assign]
+        while b"0\r\n\r\n" not in text:
+            text += raw.recv(65536)
+    assert b'"code":"engine_unavailable"' in text and b"out of memory in a step" in text
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/ready").status_code == 503
+    reply = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=20)
+    assert reply.status_code == 503 and "out of memory" in reply.json()["error"]["message"]
+    assert "failed" in caplog.text
+
+
+def test_binding_to_the_network_has_to_be_meant() -> None:
+    for host in ("0.0.0.0", "::", "192.168.0.1", "example.com"):
+        assert not is_loopback(host)
+        with pytest.raises(ConfigError, match="--allow-remote"):
+            bind(ServerConfig(host=host, port=0))
+    for host in ("localhost", "127.0.0.1", "127.8.8.8", "::1"):
+        assert is_loopback(host)
+    with bind(ServerConfig(host="0.0.0.0", port=0), allow_remote=True) as sock:
+        assert sock.getsockname()[1] > 0
+
+
+def test_a_port_in_use_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"can't listen on 127.0.0.1:{port}"):
+            bind(ServerConfig(port=port))
+
+
+def test_slow_readers_hold_nobody_up(inner_server: StartServer) -> None:
+    """A client that does not read must not keep another from its answer."""
+    server = inner_server()
+    with connect(server.url) as slow:
+        slow.sendall(request_bytes(stream=True, logprobs=20))
+        body = {"prompt": "x", "max_tokens": 4}
+        reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=20)
+        assert reply.json()["usage"]["completion_tokens"] == 4
