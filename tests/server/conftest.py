@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-import re
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
-from chat_model import write_chat_model
 from openai import OpenAI
 
+from chat_model import write_chat_model
 from hayai.config import EngineConfig, ServerConfig
 from hayai.frontend import Frontend
 from hayai.load import load_model
 from hayai.server.app import create_app
 from hayai.server.run import bind, make_server, url_of
-
-
-@dataclass(frozen=True)
-class ServerProcess:
-    process: subprocess.Popen[str]
-    url: str
-    head: str
-
-    def interrupt(self) -> tuple[int, str]:
-        """Send Ctrl-C; exit code and what was printed to stderr."""
-        self.process.send_signal(signal.SIGINT)
-        _, errors = self.process.communicate(timeout=20)
-        return self.process.returncode, errors
-
-
-def start_server(model: Path, *options: str) -> ServerProcess:
-    """`hayai serve` on a free port, once it listens."""
-    command = [sys.executable, "-W", "error", "-m", "hayai.cli.main", "serve", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--model", str(model), "--backend", "reference", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    head = ""
-    for line in process.stdout:
-        head += line
-        found = re.search(r"listening on (http://\S+)", line)
-        if found:
-            return ServerProcess(process, found[1], head)
-    raise AssertionError(f"the server did not start: {process.communicate()[1]}")
+from server_process import InnerServer, ServerProcess, start_server
 
 
 @pytest.fixture(scope="session")
@@ -83,14 +47,6 @@ def client(server: ServerProcess) -> Iterator[OpenAI]:
 def http(server: ServerProcess) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=30) as raw:
         yield raw
-
-
-@dataclass(frozen=True)
-class InnerServer:
-    """A server on a thread of this process: its engine can be looked at."""
-
-    frontend: Frontend
-    url: str
 
 
 @pytest.fixture

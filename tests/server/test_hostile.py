@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from chat_model import CONTEXT
 
+from chat_model import CONTEXT
 from hayai.config import ServerConfig
 
 CHAT = "/v1/chat/completions"
@@ -235,7 +235,8 @@ def test_two_requests_in_one_packet(http: httpx.Client) -> None:
     """Pipelined requests are answered in order."""
     with socket.create_connection((http.base_url.host, http.base_url.port)) as raw:
         raw.sendall(
-            b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+            b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+            b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
         )
         raw.settimeout(10)
         text = b""

@@ -8,8 +8,9 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import ServerProcess
 from openai import AsyncOpenAI, OpenAI
+
+from server_process import ServerProcess
 
 MESSAGES: Any = [{"role": "user", "content": "Say something."}]
 GREEDY: dict[str, Any] = {"model": "default", "temperature": 0, "max_tokens": 12}

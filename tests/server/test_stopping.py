@@ -11,11 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import InnerServer, start_server
 
 from hayai.config import ServerConfig
 from hayai.errors import ConfigError
 from hayai.server.run import bind, is_loopback
+from server_process import InnerServer, start_server
 
 LONG = {"prompt": [1, 2, 3], "max_tokens": 500, "ignore_eos": True, "temperature": 0}
 StartServer = Callable[..., InnerServer]
@@ -23,8 +23,8 @@ StartServer = Callable[..., InnerServer]
 
 def request_bytes(**more: object) -> bytes:
     body = json.dumps({**LONG, **more}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    return head.encode() + b"\r\n\r\n" + body
+    head = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return b"POST /v1/completions HTTP/1.1\r\n" + head.encode() + body
 
 
 def connect(url: str) -> socket.socket:
