@@ -136,7 +136,7 @@ SampleResult Sampler::sample(const KernelTable &k, const SamplingSpec &spec, con
   }
   const float *x = logits;
   int64_t top = best;
-  if (spec.has_extras) {
+  if (spec.has_extras || (extras.masks && extras.masks[row])) {
     s.logits.assign(logits, logits + vocab);
     adjust(spec, extras, row, vocab, s.logits.data());
     x = s.logits.data();

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from hayai import _native
+import hayai._native as _native
 from hayai.backends.base import BLOCK_SIZE, Limits, SamplingRow, StepInput, StepOutput, WeightSource
 from hayai.backends.cpu_build import ProgramBuilder, Report
 from hayai.errors import ConfigError, PlanError

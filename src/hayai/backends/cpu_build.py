@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hayai import _native
+import hayai._native as _native
 from hayai.backends import cpu_match as match
 from hayai.backends.base import Limits, WeightSource
 from hayai.backends.reference_ops import rope_frequencies
@@ -186,7 +186,9 @@ class ProgramBuilder:
             factors = None
             if op.factors_slot is not None:
                 slot = self.plan.slots[op.factors_slot]
-                factors = self.weights.fetch(slot).dequantize().reshape(-1) if self.weights.has(slot) else None
+                factors = (
+                    self.weights.fetch(slot).dequantize().reshape(-1) if self.weights.has(slot) else None
+                )
             cosine, sine = rope_tables(op, self.limits.max_context, factors)
             self._ropes[key] = self.executor.add_rope(cosine, sine, op.start, op.interleaved)
         return self._ropes[key]
@@ -262,7 +264,8 @@ class ProgramBuilder:
         """The matrices may lie under each other: one format, and whole groups of rows."""
         tensors = [self.tensor(name) for name in linear.weights]
         return all(
-            t.format == tensors[0].format and (t.rows % self.group_rows == 0 or t is tensors[-1]) for t in tensors
+            t.format == tensors[0].format and (t.rows % self.group_rows == 0 or t is tensors[-1])
+            for t in tensors
         )
 
     def _qkv(self, phase: match.QkvPhase) -> None:
@@ -357,7 +360,11 @@ class ProgramBuilder:
         """The format of the one linear that reads a GLU's output next, if that takes int8 inputs."""
         if not isinstance(following, match.LinearPhase) or following.norm is not None:
             return None
-        if following.linear.x != buffer or following.glu is not None or not self._groups_well(following.linear):
+        if (
+            following.linear.x != buffer
+            or following.glu is not None
+            or not self._groups_well(following.linear)
+        ):
             return None
         layout = self.tensor(following.linear.weights[0]).format
         if layout not in INTEGER_LAYOUTS or self.width(buffer) % BLOCK:
@@ -368,13 +375,15 @@ class ProgramBuilder:
 
     def _attend(self, op: ops.Attention, following: match.Phase | None) -> None:
         merged_by_reader = (
-            isinstance(following, match.LinearPhase) and following.norm is None and following.linear.x == op.out
+            isinstance(following, match.LinearPhase)
+            and following.norm is None
+            and following.linear.x == op.out
         )
         phase = self.executor.add_attention(
             q=self.buffer(op.q), out=self.buffer(op.out), group=self.groups[op.group], layer=op.layer,
-            num_heads=op.num_heads, num_kv_heads=op.num_kv_heads, head_dim=op.head_dim, value_dim=op.value_dim,
-            scale=op.scale, softcap=op.softcap, window=op.window, sinks=self.vector(op.sinks),
-            merge_here=not merged_by_reader,
+            num_heads=op.num_heads, num_kv_heads=op.num_kv_heads, head_dim=op.head_dim,
+            value_dim=op.value_dim, scale=op.scale, softcap=op.softcap, window=op.window,
+            sinks=self.vector(op.sinks), merge_here=not merged_by_reader,
         )  # fmt: skip
         if merged_by_reader:
             self._attention[op.out] = phase

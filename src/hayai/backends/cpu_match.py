@@ -112,7 +112,9 @@ class _Matcher:
             return AttentionPhase(op), 1
         if isinstance(op, PLAIN_OPS):
             return PlainPhase(op), 1
-        supported = sorted(kind.__name__ for kind in (*PLAIN_OPS, ops.Embed, ops.Linear, ops.Attention, ops.LmHead))
+        supported = sorted(
+            kind.__name__ for kind in (*PLAIN_OPS, ops.Embed, ops.Linear, ops.Attention, ops.LmHead)
+        )
         raise PlanError(
             f"op {at} of plan {self.plan.name}: the cpu backend lacks {type(op).__name__}; "
             f"it has {', '.join(supported)}"
@@ -229,4 +231,12 @@ class _Matcher:
 def _rope_key(rope: ops.Rope | None) -> tuple[object, ...] | None:
     if rope is None:
         return None
-    return (rope.head_dim, rope.rotary_dim, rope.theta, rope.interleaved, rope.start, rope.scaling, rope.factors_slot)
+    return (
+        rope.head_dim,
+        rope.rotary_dim,
+        rope.theta,
+        rope.interleaved,
+        rope.start,
+        rope.scaling,
+        rope.factors_slot,
+    )
