@@ -1,0 +1,115 @@
+"""The Python API, on real files."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hayai
+from hayai import LLM, Completion, SamplingParams
+from hayai.config import ModelConfig
+from hayai.errors import RequestError
+from hayai.frontend import Prompt
+from hayai.weights.gguf_writer import llama_metadata, random_llama, write_gguf
+
+TINY = ModelConfig("llama", 256, 64, 1, 2, 1, 32, 64, 256, 1e-5)
+FASTEST = "cpu" if importlib.util.find_spec("hayai._native") else "reference"
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    path = write_gguf(tmp_path_factory.mktemp("api") / "tiny.gguf", llama_metadata(TINY), random_llama(TINY))
+    with LLM(str(path), backend="reference", seed=3) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def real(default_model: Path) -> Iterator[LLM]:
+    with LLM(str(default_model), backend=FASTEST, context_length=512) as llm:
+        yield llm
+
+
+def test_the_package_offers_the_api() -> None:
+    assert {"LLM", "SamplingParams", "Completion"} <= set(hayai.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        hayai.nothing  # noqa: B018
+
+
+def test_one_prompt_or_several(llm: LLM) -> None:
+    one = llm.generate([5, 6, 7], temperature=0, max_tokens=4)
+    assert isinstance(one, Completion) and len(one.token_ids) == 4
+    several = llm.generate([[5, 6, 7], (8,)], temperature=0, max_tokens=4)
+    assert isinstance(several, list) and several[0].token_ids == one.token_ids
+    assert llm.generate(Prompt(token_ids=(5, 6, 7)), temperature=0, max_tokens=4).token_ids == one.token_ids
+    assert llm.generate([], max_tokens=4) == []
+
+
+def test_keywords_go_on_top_of_params(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.5, seed=8, max_tokens=9)
+    tokens = llm.generate([5], params).token_ids
+    assert len(tokens) == 9 and tokens[2] not in tokens[:2]
+    assert llm.generate([5], params, max_tokens=2).token_ids == tokens[:2]
+    stopped = llm.generate([5], params, stop_token_ids=tokens[2])
+    assert stopped.token_ids == tokens[:2] and stopped.finish_reason == "stop"
+
+
+def test_stream_gives_the_same_tokens(llm: LLM) -> None:
+    whole = llm.generate([5, 9], temperature=0.8, seed=1, max_tokens=12)
+    chunks = list(llm.stream([5, 9], temperature=0.8, seed=1, max_tokens=12))
+    assert tuple(t for c in chunks for t in c.token_ids) == whole.token_ids
+    assert chunks[-1].usage == whole.usage
+
+
+def test_seeds(llm: LLM) -> None:
+    def sample(seed: int | None) -> tuple[int, ...]:
+        return llm.generate([5], temperature=1.5, max_tokens=16, seed=seed).token_ids
+
+    assert sample(1) == sample(1) != sample(2)
+    assert sample(None) != sample(None)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda llm: llm.generate([5], max_token=3), ["max_token", "max_tokens"]),
+        (lambda llm: llm.generate([5], temperature=7), ["temperature", "7"]),
+        (lambda llm: llm.generate("text"), ["vocabulary"]),
+        (lambda llm: llm.generate(3.5), ["float"]),
+        (lambda llm: llm.generate([5, "a"]), ["list of token ids"]),
+        (lambda llm: llm.generate([256]), ["256", "255"]),
+        (lambda llm: llm.stream([5] * 256), ["256"]),
+        (lambda llm: llm.chat([{"role": "user", "content": "a"}]), ["vocabulary"]),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(llm: LLM, call: object, words: list[str]) -> None:
+    with pytest.raises(RequestError) as info:
+        call(llm)  # type: ignore[operator]
+    assert all(word in str(info.value) for word in words), str(info.value)
+
+
+@pytest.mark.model
+def test_the_default_model_completes_text(real: LLM) -> None:
+    done = real.generate("The capital of France is", temperature=0, max_tokens=5)
+    assert done.text.startswith(" Paris") and done.usage.prompt_tokens == 5
+    stopped = real.generate("The capital of France is", temperature=0, max_tokens=5, stop="ris")
+    assert (stopped.text, stopped.finish_reason, stopped.stop) == (" Pa", "stop", "ris")
+
+
+@pytest.mark.model
+def test_the_default_model_on_the_reference_backend(default_model: Path) -> None:
+    with LLM(str(default_model), backend="reference", context_length=64) as llm:
+        assert llm.generate("The capital of France is", temperature=0, max_tokens=2).text == " Paris."
+
+
+@pytest.mark.model
+def test_the_default_model_chats(real: LLM) -> None:
+    done = real.chat(
+        [{"role": "user", "content": "What is 1+1? Answer briefly."}], temperature=0, max_tokens=12
+    )
+    assert "2" in done.text and "<|" not in done.text
+    chunks = list(real.stream("Once upon a time", temperature=0, max_tokens=6))
+    together = real.generate(["Once upon a time", "One two three"], temperature=0, max_tokens=6)
+    assert "".join(c.text for c in chunks) == together[0].text
