@@ -145,7 +145,7 @@ def _gather_rows(ctx: StepContext, op: ops.GatherRows) -> None:
 
 def rounded(x: Floats) -> Floats:
     """x as int8 codes per 32 inputs see it: scale = max|x| / 127, round half to even, times scale."""
-    blocks = x.reshape(*x.shape[:-1], -1, ACT_BLOCK)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // ACT_BLOCK, ACT_BLOCK)
     largest = np.abs(blocks).max(axis=-1, keepdims=True)
     inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
     return (np.rint(blocks * inverse) * (largest / np.float32(127))).reshape(x.shape)
