@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from hayai.frontend import Frontend
+from hayai_process import COMMAND
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ class ServerProcess:
 
 def start_server(model: Path, *options: str) -> ServerProcess:
     """`hayai serve` on a free port, once it listens."""
-    command = [sys.executable, "-W", "error", "-m", "hayai.cli.main", "serve", "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--model", str(model), "--backend", "reference", *options],
+        [*COMMAND, "serve", "--port", "0", "--model", str(model), "--backend", "reference", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
