@@ -177,10 +177,8 @@ def test_inspect(hayai: Hayai, chat_model: Path) -> None:
     more = hayai("inspect", chat_model, "--tensors", "--metadata", "--plan", "--json")
     report = json.loads(more.stdout)
     tensors = report["tensor_list"]
-    assert (
-        len(tensors) == report["tensors"]
-        and sum(t["bytes"] for t in tensors) == report["memory"]["weights_bytes"]
-    )
+    weights = report["memory"]["weights_bytes"]
+    assert len(tensors) == report["tensors"] and sum(t["bytes"] for t in tensors) == weights
     elements = sum(f["elements"] for f in report["formats"].values())
     assert report["parameters"] == elements
     assert report["bits_per_weight"] == round(8 * weights / elements, 3)
