@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from hayai.backends.base import BLOCK_SIZE, Backend, Limits
@@ -135,7 +136,8 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Loa
 def _cpu(config: EngineConfig, progress: Progress | None) -> Backend:
     from hayai.backends.cpu import CpuBackend  # the native core is loaded only where it is used
 
-    return CpuBackend(config.threads, config.isa, progress)
+    packing = None if progress is None else partial(progress, "packing weights")
+    return CpuBackend(config.threads, config.isa, packing)
 
 
 def _reference(config: EngineConfig, progress: Progress | None) -> Backend:
