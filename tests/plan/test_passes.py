@@ -64,6 +64,14 @@ def test_dead_ops_go_and_nothing_else(config: ModelConfig) -> None:
     assert "dead" not in cleaned.buffers
 
 
+def test_a_value_that_is_overwritten_unread_is_dead() -> None:
+    plan = build_plans(LLAMA, "hf")["main"]
+    at = next(i for i, op in enumerate(plan.ops) if "normed" in op.names("writes"))
+    padded = replace(plan, ops=(*plan.ops[:at], ops.Copy("hidden", "normed"), *plan.ops[at:]))
+    validate(padded)
+    assert remove_dead(padded).ops == plan.ops
+
+
 def test_dead_ops_take_what_feeds_them_along() -> None:
     """A plan with nothing but its cache as result keeps what fills the cache."""
     plan = replace(build_plans(LLAMA, "hf")["main"], outputs=())

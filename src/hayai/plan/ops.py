@@ -281,8 +281,7 @@ class LmHead(Op):
 class KvAppend(Op):
     """Store this step's keys (and values) of one layer in its cache group.
 
-    The i-th token that a sequence has in the step goes to cache position positions[first] + i, `first`
-    being its first token of the step (its own position, except in a speculation tree).
+    A sequence's i-th token of the step goes to cache position positions[its first token] + i.
     full, window: k, v (T, kv_heads * head_dim).  mla: k = latent (T, latent), v = rope part (T, rope).
     index: k (T, index_dim), v None.  `layer` counts the layers of the group.
     """
@@ -301,9 +300,8 @@ class Attention(Op):
     out_h = sum_p softmax_p(cap(scale * <q_h, k_p>)) v_p over positions p <= own position, and
     p > own position - window when window > 0, and p in select[t] when `select` is given (-1 = none).
     Keys and values are read back as stored, also those of the running step.
-    tree_mask: buffer (T, T) int32. Token t then sees all positions before its sequence's first token of
-    this step, and of the step's own tokens u only those with tree_mask[t, u] != 0 (speculation trees:
-    cache positions follow the order in the step, `positions` the depth in the tree).
+    tree_mask (T, T) int32: token t sees the positions before its sequence's first token of the step, and
+    of the step's tokens u those with tree_mask[t, u] != 0. (`positions` is then the depth in a tree.)
 
     full, window: q (T, heads*head_dim), out (T, heads*value_dim); query head h reads kv head
     h // (heads // kv_heads).
