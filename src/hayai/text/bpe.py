@@ -91,11 +91,12 @@ def _build(vocabulary: Vocabulary, merges: list[tuple[str, str]], pre: PreTokeni
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     ids = dict(vocabulary.ids)
-    made = {left + right for left, right in merges} if pre.ignore_merges else set()
-    for token_id in vocabulary.ids_of_type(CONTROL, UNKNOWN):  # a word of text must not become one of these
-        name = vocabulary.tokens[token_id]
-        if name not in made:
-            ids[f"\0{ids.pop(name)}"] = token_id
+    if pre.ignore_merges:  # a word of text must not become a control token by being its name
+        made = {left + right for left, right in merges}
+        for token_id in vocabulary.ids_of_type(CONTROL, UNKNOWN):
+            name = vocabulary.tokens[token_id]
+            if name not in made:
+                ids[f"\0{ids.pop(name)}"] = token_id
     try:
         model = models.BPE(ids, merges, ignore_merges=pre.ignore_merges)
     except Exception as error:

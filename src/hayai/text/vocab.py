@@ -136,7 +136,7 @@ def read_vocabulary(
         )
     types = _types(metadata, len(tokens))
     special = _special_ids(metadata, len(tokens), defaults or {})
-    ends = _mark_ends(ids, types, special)
+    ends = _mark_ends(metadata, ids, types, special)
     return Vocabulary(tuple(tokens), tuple(types), _scores(metadata, len(tokens)), ids, special, ends)
 
 
@@ -178,9 +178,19 @@ def _special_ids(metadata: Mapping[str, object], count: int, defaults: Mapping[s
     return found
 
 
-def _mark_ends(ids: Mapping[str, int], types: list[int], special: Mapping[str, int]) -> frozenset[int]:
-    """Ids that end a turn; turns the type of those known by their text into CONTROL (`types` is changed)."""
-    named = {ids[name] for name in END_TEXTS | FIM_END_TEXTS if name in ids}
+def _mark_ends(
+    metadata: Mapping[str, object], ids: Mapping[str, int], types: list[int], special: Mapping[str, int]
+) -> frozenset[int]:
+    """Ids that end a turn; turns the type of those known by their text into CONTROL (`types` is changed).
+
+    Unlike llama.cpp, leaves out ordinary tokens that merges make: Qwen's "</s>" is a bit of markup that any
+    text can hold, and must neither end a turn nor be a control token that a user can write.
+    """
+    names = {name for name in END_TEXTS | FIM_END_TEXTS if name in ids}
+    if any(types[ids[name]] == NORMAL for name in names):
+        merges = frozenset(strings(metadata, "merges") or ())
+        names = {name for name in names if types[ids[name]] != NORMAL or not _is_merged(name, merges)}
+    named = {ids[name] for name in names}
     for token_id in named:
         types[token_id] = CONTROL
     ends = named | {special[role] for role in END_KEYS if role in special}
@@ -193,3 +203,7 @@ def _mark_ends(ids: Mapping[str, int], types: list[int], special: Mapping[str, i
         ends.discard(ids["</s>"])  # an ordinary markup token in these vocabularies
         types[ids["</s>"]] = NORMAL
     return frozenset(ends)
+
+
+def _is_merged(name: str, merges: frozenset[str]) -> bool:
+    return any(f"{name[:cut]} {name[cut:]}" in merges for cut in range(1, len(name)))
