@@ -237,6 +237,15 @@ def test_rounding_is_half_to_even() -> None:
     assert rounded(x)[0, :5].tolist() == [127, 0, 2, 2, 0]
 
 
+def test_rounding_of_next_to_nothing_is_zero() -> None:
+    x = np.full((2, 32), 1e-39, np.float32)
+    x[1, 0] = 1.0
+    out = rounded(x)
+    np.testing.assert_array_equal(out[0], 0)
+    assert out[1, 0] == 1.0
+    assert rounded(np.zeros((0, 64), np.float32)).shape == (0, 64)
+
+
 @pytest.mark.parametrize(("format", "changes"), [("q8_0", True), ("q4_0", True), ("f16", False)])
 def test_only_integer_formats_take_rounded_activations(format: str, changes: bool) -> None:
     x, w = randoms(3, 64), randoms(7, 64)

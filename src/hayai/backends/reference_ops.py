@@ -144,10 +144,13 @@ def _gather_rows(ctx: StepContext, op: ops.GatherRows) -> None:
 
 
 def rounded(x: Floats) -> Floats:
-    """x as int8 codes per 32 inputs see it: scale = max|x| / 127, round half to even, times scale."""
+    """x as int8 codes per 32 inputs see it: scale = max|x| / 127, round half to even, times scale.
+
+    A block whose largest value is at most 1e-35 becomes zero (the inverse of its scale would overflow).
+    """
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // ACT_BLOCK, ACT_BLOCK)
     largest = np.abs(blocks).max(axis=-1, keepdims=True)
-    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 1e-35)
     return (np.rint(blocks * inverse) * (largest / np.float32(127))).reshape(x.shape)
 
 
