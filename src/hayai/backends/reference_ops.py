@@ -51,8 +51,9 @@ def _embed(ctx: StepContext, op: ops.Embed) -> None:
 def rms(x: Floats, weight: Floats, offset: float, eps: float) -> Floats:
     """Root mean square norm over the last axis, the sum in float64."""
     mean = np.mean(np.square(x, dtype=np.float64), axis=-1, keepdims=True)
-    scaled = (x / np.sqrt(mean + eps)).astype(np.float32)
-    return scaled * (weight + np.float32(offset))
+    scaled: Floats = (x / np.sqrt(mean + eps)).astype(np.float32)
+    gain: Floats = weight + np.float32(offset)
+    return scaled * gain
 
 
 def _rms_norm(ctx: StepContext, op: ops.RmsNorm) -> None:
@@ -125,7 +126,8 @@ def _scale(ctx: StepContext, op: ops.Scale) -> None:
 
 
 def softcap(x: Floats, cap: float) -> Floats:
-    return np.float32(cap) * np.tanh(x / np.float32(cap))
+    capped: Floats = np.float32(cap) * np.tanh(x / np.float32(cap))
+    return capped
 
 
 def _softcap(ctx: StepContext, op: ops.Softcap) -> None:
@@ -151,7 +153,8 @@ def rounded(x: Floats) -> Floats:
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // ACT_BLOCK, ACT_BLOCK)
     largest = np.abs(blocks).max(axis=-1, keepdims=True)
     inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 1e-35)
-    return (np.rint(blocks * inverse) * (largest / np.float32(127))).reshape(x.shape)
+    out: Floats = np.rint(blocks * inverse) * (largest / np.float32(127))
+    return out.reshape(x.shape)
 
 
 def _input(ctx: StepContext, x: Floats, weight: str) -> Floats:
