@@ -139,7 +139,8 @@ def masked_softmax(scores: Floats, allowed: Bools, sinks: Floats | None) -> Floa
     total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + np.exp(sinks[:, None, None] - largest)
-    return weights / np.where(total == 0, np.float32(1), total)
+    shares: Floats = weights / np.where(total == 0, np.float32(1), total).astype(np.float32)
+    return shares
 
 
 def index_topk(ctx: StepContext, op: ops.IndexTopk) -> None:

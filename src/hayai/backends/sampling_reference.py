@@ -51,7 +51,8 @@ def uniform(seed: int, position: int) -> float:
 def unpack_mask(mask: NDArray[np.uint32], vocab: int) -> NDArray[np.bool_]:
     """Allowed tokens (vocab) of packed bits: bit i % 32 of word i // 32."""
     ids = np.arange(vocab)
-    return (mask[ids // 32] >> (ids % 32).astype(np.uint32)) & np.uint32(1) != 0
+    allowed: NDArray[np.bool_] = (mask[ids // 32] >> (ids % 32).astype(np.uint32)) & np.uint32(1) != 0
+    return allowed
 
 
 def argmax(logits: NDArray[np.float32]) -> int:
