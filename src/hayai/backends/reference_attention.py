@@ -131,15 +131,16 @@ def _selected(select: Ints, length: int) -> Bools:
 def masked_softmax(scores: Floats, allowed: Bools, sinks: Floats | None) -> Floats:
     """Softmax over the last axis of (heads, tokens, positions); a row that sees nothing gives zeros."""
     scores = np.where(allowed[None], scores, np.float32(-np.inf))
-    largest = scores.max(axis=-1, keepdims=True)
+    largest: Floats = scores.max(axis=-1, keepdims=True)
     if sinks is not None:
         largest = np.maximum(largest, sinks[:, None, None])
     largest = np.where(np.isneginf(largest), np.float32(0), largest)
     weights = np.exp(scores - largest)
-    total = weights.sum(axis=-1, keepdims=True)
+    total: Floats = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + np.exp(sinks[:, None, None] - largest)
-    shares: Floats = weights / np.where(total == 0, np.float32(1), total).astype(np.float32)
+    total[total == 0] = 1
+    shares: Floats = weights / total
     return shares
 
 
