@@ -72,14 +72,14 @@ fuzz: $(VENV)/.stamp-dev ## hostile GGUF files (FUZZ_SECONDS, FUZZ_CASES)
 	$(RUN) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS) --cases $(FUZZ_CASES) --backend cpu $(ARGS)
 
 # The sanitised core goes before the installed one on the path. Leaks are the interpreter's own, by design.
-ASAN_RUN = env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" PYTHONPATH=build/asan/site PYTHONMALLOC=malloc \
+ASAN_RUN = env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" PYTHONPATH=.asan/site PYTHONMALLOC=malloc \
   ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 $(RUN)
-asan: $(VENV)/.stamp-dev build/asan/.stamp ## kernel tests and the fuzz target under the sanitisers
+asan: $(VENV)/.stamp-dev .asan/.stamp ## kernel tests and the fuzz target under the sanitisers
 	$(ASAN_RUN) -m pytest -p no:cacheprovider tests/kernels tests/test_tiny.py $(ARGS)
 	$(ASAN_RUN) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS) --cases $(FUZZ_CASES) --backend cpu --memory-mb 0
 
 clean: ## remove what was built; models in the cache stay
-	rm -rf build dist $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist .asan $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------- set-up
@@ -107,12 +107,12 @@ $(WHEEL_STAMP): $(SOURCES) | $(BUILD_ENV)/.stamp
 	@PATH="$$PWD/$(BUILD_ENV)/bin:$$PATH" $(BUILD_ENV)/bin/python $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir build/wheel
 	@touch $@
 
-build/asan/.stamp: $(SOURCES) | $(BUILD_ENV)/.stamp
+.asan/.stamp: $(SOURCES) | $(BUILD_ENV)/.stamp
 	@echo 'building the package with sanitisers'
-	@rm -rf build/asan/wheel build/asan/site
-	@PATH="$$PWD/$(BUILD_ENV)/bin:$$PATH" $(BUILD_ENV)/bin/python $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir build/asan/wheel \
-	  --config-settings=build-dir=build/asan/cmake --config-settings=cmake.define.HAYAI_SANITIZE=ON --config-settings=install.strip=false
-	@$(BUILD_ENV)/bin/python $(PIP) install --no-deps --target build/asan/site build/asan/wheel/*.whl
+	@rm -rf .asan/wheel .asan/site
+	@PATH="$$PWD/$(BUILD_ENV)/bin:$$PATH" $(BUILD_ENV)/bin/python $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir .asan/wheel \
+	  --config-settings=build-dir=.asan/cmake --config-settings=cmake.define.HAYAI_SANITIZE=ON --config-settings=install.strip=false
+	@$(BUILD_ENV)/bin/python $(PIP) install --no-deps --target .asan/site .asan/wheel/*.whl
 	@touch $@
 
 $(VENV)/.stamp-package: $(WHEEL_STAMP) $(VENV)/.stamp-venv
