@@ -77,7 +77,8 @@ class ChatTemplate:
     def render_checked(self, variables: Mapping[str, object]) -> str:
         """Render with `variables` as they are; the messages in them are already normalised."""
         # Imported here, like all of jinja2: 20 ms that a run without a chat should not pay.
-        from hayai.text.sandbox import BUDGET, MAX_TEXT, Budget, weigh
+        from hayai.text.budget import MAX_TEXT, Budget, weigh
+        from hayai.text.sandbox import BUDGET
 
         context = {"bos_token": self.bos_token, "eos_token": self.eos_token, **variables}
         context[BUDGET] = Budget(weigh(dict(variables), MAX_TEXT))

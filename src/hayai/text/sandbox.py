@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from datetime import datetime
 from typing import Any
@@ -31,87 +30,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace, _PassArg, pass_context
 from jinja2.visitor import NodeTransformer
 
-MAX_SECONDS = 2.0  # a real template takes milliseconds
-MAX_TEXT = 1 << 24  # characters; ceiling of any joined text, whatever the input
-BASE_WEIGHT = 1 << 18  # of a value, plus INPUT_FACTOR times the input's
-INPUT_FACTOR = 8
-MAX_INT_BITS = 1024
-MAX_INDENT = 64
+from hayai.text.budget import MAX_INT_BITS, MAX_TEXT, Budget, LimitError, weigh
 
 BUDGET = "render budget"  # key in the render context; no identifier, so no template can name it
-_LOOP, _CONCAT, _DISPLAY = (
-    " loop",
-    " concat",
-    " display",
-)  # filters that only the compiler step below can name
-
-
-class LimitError(TemplateRuntimeError):
-    """A template that wants too much."""
-
-
-class Budget:
-    """What one render may use."""
-
-    def __init__(self, input_weight: int, seconds: float = MAX_SECONDS) -> None:
-        self.max_weight = min(BASE_WEIGHT + INPUT_FACTOR * input_weight, MAX_TEXT)
-        self._deadline = time.monotonic() + seconds
-        self._seconds = seconds
-
-    def tick(self) -> None:
-        if time.monotonic() > self._deadline:
-            raise LimitError(f"it runs longer than {self._seconds:g} seconds")
-
-    def fit(self, weight: int) -> None:
-        if weight > self.max_weight:
-            raise LimitError(f"it builds a value of more than {self.max_weight} characters")
-
-    def check(self, value: Any) -> Any:
-        """Tick, and return `value` if it is not too heavy."""
-        self.tick()
-        if isinstance(value, str):
-            self.fit(len(value))
-        elif isinstance(value, int):
-            if value.bit_length() > MAX_INT_BITS:
-                raise LimitError(f"it builds a number of more than {MAX_INT_BITS} bits")
-        elif isinstance(value, (list, tuple, Mapping)) or type(value) in _VIEWS:
-            self.fit(weigh(value, self.max_weight))
-        return value
-
-    def count(self, values: Iterable[Any]) -> Iterator[Any]:
-        """The values one by one, each a tick, all together not too heavy."""
-        total = 0
-        for value in values:
-            self.tick()
-            total += weigh(value, self.max_weight)
-            self.fit(total)
-            yield value
-
-
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
-
-
-def weigh(value: Any, limit: int) -> int:
-    """Characters and 8 per element of `value`, everything as often as it is reached; stops above `limit`."""
-    total = 0
-    stack = [value]
-    while stack and total <= limit:
-        item = stack.pop()
-        total += 8
-        if isinstance(item, str):
-            total += len(item)
-        elif isinstance(item, Mapping):
-            total += 16 * len(item)
-            if total <= limit:
-                stack.extend(item.keys())
-                stack.extend(item.values())
-        elif isinstance(item, (list, tuple)) or type(item) in _VIEWS:
-            total += 8 * len(item)
-            if total <= limit:
-                stack.extend(item)
-        elif isinstance(item, Namespace):  # prints its contents, which may share without bound
-            raise LimitError("a namespace can't be printed or put into a value")
-    return total
+# Filters that only the compiler step below can name.
+_LOOP, _CONCAT, _DISPLAY = " loop", " concat", " display"
+MAX_INDENT = 64
 
 
 class _Counted:
@@ -174,8 +98,19 @@ def _concat(parts: Iterable[str]) -> str:
     return "".join(kept)
 
 
+def _printable(budget: Budget, value: Any) -> Any:
+    """`value`, if its text is bounded."""
+    budget.fit(weigh(value, budget.max_weight))
+    return value
+
+
+@pass_context
+def _finalize(context: Context, value: Any) -> Any:
+    return value if isinstance(value, str) else _printable(_budget(context), value)
+
+
 def _bounded_join(budget: Budget, separator: str, values: Iterable[Any]) -> str:
-    parts = [value if isinstance(value, str) else str(budget.check(value)) for value in values]
+    parts = [value if isinstance(value, str) else str(_printable(budget, value)) for value in values]
     budget.fit(sum(map(len, parts)) + len(separator) * max(len(parts) - 1, 0))
     return separator.join(parts)
 
@@ -190,8 +125,7 @@ def _filter_loop(context: Context, values: Any) -> Any:
 @pass_context
 def _filter_concat(context: Context, parts: list[Any]) -> str:
     budget = _budget(context)
-    budget.tick()
-    return _bounded_join(budget, "", parts)
+    return str(budget.check(_bounded_join(budget, "", parts)))
 
 
 @pass_context
@@ -204,7 +138,7 @@ def _filter_join(context: Context, values: Any, d: str = "", attribute: str | in
     budget = _budget(context)
     if attribute is not None:
         values = FILTERS["map"](context, values, attribute=attribute)
-    return _bounded_join(budget, str(d), budget.count(values))
+    return str(budget.check(_bounded_join(budget, str(d), budget.count(values))))
 
 
 def _replaced(budget: Budget, text: str, old: str, new: str, count: int = -1) -> str:
@@ -216,7 +150,9 @@ def _replaced(budget: Budget, text: str, old: str, new: str, count: int = -1) ->
 
 @pass_context
 def _filter_replace(context: Context, text: Any, old: Any, new: Any, count: int | None = None) -> str:
-    return _replaced(_budget(context), str(text), str(old), str(new), -1 if count is None else count)
+    budget = _budget(context)
+    result = _replaced(budget, str(text), str(old), str(new), -1 if count is None else count)
+    return str(budget.check(result))
 
 
 @pass_context
@@ -227,8 +163,7 @@ def _filter_indent(
     if size > MAX_INDENT:
         raise LimitError(f"it indents by {size}; at most {MAX_INDENT}")
     result = FILTERS["indent"](str(text), width, first, blank)
-    _budget(context).fit(len(result))
-    return str(result)
+    return str(_budget(context).check(result))
 
 
 def _tojson(
@@ -243,9 +178,11 @@ def _tojson(
         raise LimitError(f"it indents by more than {MAX_INDENT}")
     if isinstance(value, Undefined):
         raise TemplateRuntimeError("an undefined value can't be written as JSON")
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    # Indentation multiplies depth and size: then the pieces are counted as they come.
+    return encoder.encode(value) if indent is None else _concat(encoder.iterencode(value))
 
 
 _PRECISE = re.compile(r"\d{4}")
@@ -321,6 +258,19 @@ class _Formatter(SandboxedFormatter):
         return super().format_field(value, format_spec)
 
 
+class _Format:
+    """A string's `format` method; runs only where the budget is at hand, in ChatEnvironment.call."""
+
+    def __init__(self, environment: ChatEnvironment, pattern: str) -> None:
+        self._environment = environment
+        self._pattern = pattern
+
+    def __call__(self, budget: Budget, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        weight = weigh([args, kwargs], budget.max_weight)
+        budget.fit(len(self._pattern) + self._pattern.count("{") * weight)
+        return _Formatter(self._environment).vformat(self._pattern, args, kwargs)
+
+
 class _Watch(NodeTransformer):
     """Puts the environment's hidden filters around loops, `~` and displays."""
 
@@ -368,7 +318,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     concat = staticmethod(_concat)
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            finalize=_finalize,
+            extensions=[LoopControlExtension, _Generation],
+        )
         self.filters = {name: _watched(FILTERS[name]) for name in _PLAIN_FILTERS}
         self.filters.update({name: _watched(function) for name, function in _CHECKED_FILTERS.items()})
         self.filters.update(_OWN_FILTERS)
@@ -391,18 +346,21 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(value, "__self__", None)
         if not isinstance(owner, str) or getattr(value, "__name__", "") not in ("format", "format_map"):
             return None
-        return lambda *args, **kwargs: _Formatter(self).vformat(owner, args, kwargs)
+        return _Format(self, owner)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget(__context)
         budget.tick()
         owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str):
-            name = __obj.__name__
-            if name == "join" and len(args) == 1:
-                return _bounded_join(budget, owner, budget.count(args[0]))
-            if name == "replace":
-                return _replaced(budget, owner, *args, **kwargs)
+        if isinstance(__obj, _Format) or isinstance(owner, str):
+            # Compiled templates add keywords of their own inside loops and blocks.
+            kwargs = {key: value for key, value in kwargs.items() if not key.startswith("_")}
+        if isinstance(__obj, _Format):
+            return budget.check(__obj(budget, args, kwargs))
+        if isinstance(owner, str) and __obj.__name__ == "join" and len(args) == 1:
+            return budget.check(_bounded_join(budget, owner, budget.count(args[0])))
+        if isinstance(owner, str) and __obj.__name__ == "replace":
+            return budget.check(_replaced(budget, owner, *args, **kwargs))
         if isinstance(__obj, LoopContext) and args:
             args = (_Counted(args[0], budget), *args[1:])
         return budget.check(super().call(__context, __obj, *args, **kwargs))
@@ -412,7 +370,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         budget.tick()
         _BEFORE.get(operator_, _nothing)(budget, left, right)
         if operator_ == "%" and isinstance(left, str):
-            return budget.check(_percent(left, right))
+            return budget.check(_percent(left, _printable(budget, right)))
         return budget.check(self.binop_table[operator_](left, right))
 
 
