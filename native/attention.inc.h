@@ -10,6 +10,11 @@
 // masked position has e = 0 exactly and drops out of every chain, so the rows that happen to be computed
 // together do not matter.
 
+// With 16 registers a broadcast operand must be loaded again for each vector it meets: kept for reuse, it
+// would push accumulators out. The compiler cannot know that the index has not changed.
+#define RELOAD(index)                                                                              \
+  if (kParts > 1) __asm__("" : "+r"(index))
+
 constexpr float kEmptyMax = -1e30f;
 constexpr int kSplitPages = kSplitPositions / kPagePositions;
 
@@ -66,26 +71,28 @@ template <int ROWS> static void score_block(const Split &s, int row, int first, 
   const AttendArgs &a = *s.args;
   const float *q[ROWS];
   const uint16_t *k[kScorePages], *ahead[kScorePages];
-  for (int r = 0; r < ROWS; r++) q[r] = query_row(a, row + r);
-  for (int p = 0; p < kScorePages; p++) {
+  UNROLL for (int r = 0; r < ROWS; r++) q[r] = query_row(a, row + r);
+  UNROLL for (int p = 0; p < kScorePages; p++) {
     k[p] = s.page[first + p];
     ahead[p] = fetch ? s.ahead[first + p] : nullptr;
   }
   VF sums[ROWS][kScorePages];
-  for (int r = 0; r < ROWS; r++) {
-    for (int p = 0; p < kScorePages; p++) sums[r][p] = splat(0);
+  UNROLL for (int r = 0; r < ROWS; r++) {
+    UNROLL for (int p = 0; p < kScorePages; p++) sums[r][p] = splat(0);
   }
   for (int64_t d = 0; d < a.head_dim; d++) {
     if (fetch && d % 2 == 0) {
-      for (int p = 0; p < kScorePages; p++) prefetch(ahead[p] + d * kPagePositions);
+      UNROLL for (int p = 0; p < kScorePages; p++) prefetch(ahead[p] + d * kPagePositions);
     }
-    for (int p = 0; p < kScorePages; p++) {
+    int64_t at = d;
+    UNROLL for (int p = 0; p < kScorePages; p++) {
       const VF key = load16_f16(k[p] + d * kPagePositions);
-      for (int r = 0; r < ROWS; r++) sums[r][p] = fma(key, splat(q[r][d]), sums[r][p]);
+      UNROLL for (int r = 0; r < ROWS; r++) sums[r][p] = fma(key, splat(q[r][at]), sums[r][p]);
+      RELOAD(at);
     }
   }
-  for (int r = 0; r < ROWS; r++) {
-    for (int p = 0; p < kScorePages; p++) {
+  UNROLL for (int r = 0; r < ROWS; r++) {
+    UNROLL for (int p = 0; p < kScorePages; p++) {
       store16(s.scores + (row + r) * kSplitPositions + (first + p) * kPagePositions, sums[r][p]);
     }
   }
@@ -106,26 +113,28 @@ static void value_block(const Split &s, int row, int dim, int lanes, bool fetch)
   const int64_t values = int64_t(kPagePositions) * a.head_dim + dim;
   const float *e = s.scores + row * kSplitPositions;
   VF sums[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; r++) {
-    for (int i = 0; i < VECTORS; i++) sums[r][i] = splat(0);
+  UNROLL for (int r = 0; r < ROWS; r++) {
+    UNROLL for (int i = 0; i < VECTORS; i++) sums[r][i] = splat(0);
   }
   for (int p = s.begin; p < s.end; p++) {
     const int64_t at = values + int64_t(p % kPagePositions) * a.value_dim;
     const uint16_t *v = s.page[p / kPagePositions] + at;
     if (fetch) {
-      for (int i = 0; i < VECTORS; i += 2) prefetch(s.ahead[p / kPagePositions] + at + 16 * i);
+      UNROLL for (int i = 0; i < VECTORS; i += 2) prefetch(s.ahead[p / kPagePositions] + at + 16 * i);
     }
-    for (int i = 0; i < VECTORS; i++) {
+    int64_t position = p;
+    UNROLL for (int i = 0; i < VECTORS; i++) {
       const VF value = PARTIAL ? load16_f16_n(v, lanes) : load16_f16(v + 16 * i);
-      for (int r = 0; r < ROWS; r++) {
-        sums[r][i] = fma(value, splat(e[r * kSplitPositions + p]), sums[r][i]);
+      UNROLL for (int r = 0; r < ROWS; r++) {
+        sums[r][i] = fma(value, splat(e[r * kSplitPositions + position]), sums[r][i]);
       }
+      RELOAD(position);
     }
   }
-  for (int r = 0; r < ROWS; r++) {
+  UNROLL for (int r = 0; r < ROWS; r++) {
     const VF keep = splat(s.keep[row + r]), gain = splat(s.gain[row + r]);
     float *out = out_row(a, row + r) + dim;
-    for (int i = 0; i < VECTORS; i++, out += 16) {
+    UNROLL for (int i = 0; i < VECTORS; i++, out += 16) {
       const VF old_value = PARTIAL ? load16_n(out, lanes) : load16(out);
       const VF merged = merge_values(keep, old_value, gain, sums[r][i]);
       if (PARTIAL) {
@@ -235,7 +244,7 @@ static bool prepare_split(const AttendArgs &a, int split, Split &s) {
   s.first_page = s.begin / kPagePositions;
   s.last_page = (s.end + kPagePositions - 1) / kPagePositions;
   const int next = (split + 1) * kSplitPages, last_page = last_own / kPagePositions;
-  for (int p = 0; p < kSplitPages; p++) {
+  UNROLL for (int p = 0; p < kSplitPages; p++) {
     const int needed = p < s.first_page ? s.first_page : p < s.last_page ? p : s.last_page - 1;
     s.page[p] = page_at(a, split * kSplitPages + needed);
     // The next split is fetched even if another call computes it (the caller goes on with it). Behind

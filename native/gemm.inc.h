@@ -36,13 +36,13 @@ INLINE void group_times_tokens(const uint8_t *w, int64_t blocks, const int8_t *q
                                const float *sum, const uint8_t *ahead, V *y) {
   constexpr int kStep = CHUNK / 4, kBytes = BlockOf<LAYOUT>::kBytes;
   V products[T], minima[T];
-  for (int t = 0; t < T; t++) products[t] = minima[t] = set1(0);
+  UNROLL for (int t = 0; t < T; t++) products[t] = minima[t] = set1(0);
   for (int64_t b = 0; b < blocks; b++, w += kBytes, q += 8 * CHUNK, scale += kStep, sum += kStep) {
     if (ahead) prefetch_bytes<kBytes>(ahead + b * kBytes);
     const V d = load_f16(w);
     VI dots[T];
     block_dots<LAYOUT, T, CHUNK>(w + 2 * kG * BlockOf<LAYOUT>::kScales, q, blocks * 128, dots);
-    for (int t = 0; t < T; t++) {
+    UNROLL for (int t = 0; t < T; t++) {
       const int64_t at = t / 4 * blocks * 4 + t % 4;
       const V x = set1(scale[at]), dot = to_float(dots[t]);
       if constexpr (LAYOUT == kQ4_0) {
@@ -55,7 +55,7 @@ INLINE void group_times_tokens(const uint8_t *w, int64_t blocks, const int8_t *q
       }
     }
   }
-  for (int t = 0; t < T; t++) {
+  UNROLL for (int t = 0; t < T; t++) {
     y[t] = LAYOUT == kQ4_1 ? add(products[t], minima[t]) : products[t];
   }
 }
@@ -82,7 +82,7 @@ static void tile(const uint8_t *w, int64_t blocks, const ActBatch &a, int64_t fi
   V out[T];
   group_times_tokens<LAYOUT, T, kTileChunk>(w, blocks, a.q + at * 128, a.scale + at * 4,
                                             a.sum + at * 4, ahead, out);
-  for (int t = 0; t < T; t++) store(y + (first + t) * ldy, out[t]);
+  UNROLL for (int t = 0; t < T; t++) store(y + (first + t) * ldy, out[t]);
 }
 
 template <int LAYOUT>
@@ -135,23 +135,23 @@ static void float_tile(const uint8_t *w, size_t bytes, int64_t cols, const float
                        float *y, int64_t ldy) {
   constexpr int kInput = kG * (LAYOUT == kF32 ? 4 : 2);
   V sums[GROUPS][T];
-  for (int g = 0; g < GROUPS; g++) {
-    for (int t = 0; t < T; t++) sums[g][t] = set1(0);
+  UNROLL for (int g = 0; g < GROUPS; g++) {
+    UNROLL for (int t = 0; t < T; t++) sums[g][t] = set1(0);
   }
   for (int64_t k = 0; k < cols; k++, w += kInput) {
     V weights[GROUPS];
-    for (int g = 0; g < GROUPS; g++) {
+    UNROLL for (int g = 0; g < GROUPS; g++) {
       const uint8_t *at = w + size_t(g) * bytes;
       if (T == 1) prefetch(at + kPrefetchDistance);
       weights[g] = load_weights<LAYOUT>(at);
     }
-    for (int t = 0; t < T; t++) {
+    UNROLL for (int t = 0; t < T; t++) {
       const V input = set1(x[t * ldx + k]);
-      for (int g = 0; g < GROUPS; g++) sums[g][t] = fma(weights[g], input, sums[g][t]);
+      UNROLL for (int g = 0; g < GROUPS; g++) sums[g][t] = fma(weights[g], input, sums[g][t]);
     }
   }
-  for (int g = 0; g < GROUPS; g++) {
-    for (int t = 0; t < T; t++) store(y + t * ldy + g * kG, sums[g][t]);
+  UNROLL for (int g = 0; g < GROUPS; g++) {
+    UNROLL for (int t = 0; t < T; t++) store(y + t * ldy + g * kG, sums[g][t]);
   }
 }
 

@@ -7,7 +7,7 @@ INLINE void head_group(const uint8_t *high, const uint8_t *low, int64_t blocks, 
                        const float *scale, const float *off, const uint8_t *high_ahead,
                        const uint8_t *low_ahead, V *y) {
   constexpr int kStep = CHUNK / 4, kHigh = BlockOf<kQ4_0>::kBytes, kLow = 16 * kG;
-  for (int t = 0; t < T; t++) y[t] = set1(0);
+  UNROLL for (int t = 0; t < T; t++) y[t] = set1(0);
   for (int64_t b = 0; b < blocks; b++, q += 8 * CHUNK, scale += kStep, off += kStep) {
     prefetch_bytes<kHigh>(high_ahead + b * kHigh);
     prefetch_bytes<kLow>(low_ahead + b * kLow);
@@ -15,7 +15,7 @@ INLINE void head_group(const uint8_t *high, const uint8_t *low, int64_t blocks, 
     nibble_dots<T, CHUNK>(high + b * kHigh + 2 * kG, q, blocks * 128, upper);
     nibble_dots<T, CHUNK>(low + b * kLow, q, blocks * 128, lower);
     const V d = load_f16(high + b * kHigh);
-    for (int t = 0; t < T; t++) {
+    UNROLL for (int t = 0; t < T; t++) {
       const V dot = to_float(add_int(shift_left_4(upper[t]), lower[t]));
       y[t] = fma(fma(dot, set1(scale[t]), set1(off[t])), d, y[t]);
     }
@@ -76,7 +76,7 @@ static void head_tile(const HeadGroups &at, int64_t g, const ActBatch &a, int64_
   head_group<T, kTileChunk>(at.high_at(g), at.low_at(g), at.blocks, a.q + tile * 128,
                             a.scale + tile * 4, a.sum + tile * 4, at.high_at(g + 1), at.low_at(g + 1),
                             out);
-  for (int t = 0; t < T; t++) store(y + (first + t) * ldy, out[t]);
+  UNROLL for (int t = 0; t < T; t++) store(y + (first + t) * ldy, out[t]);
 }
 
 static void head_gemm(const HeadPlanes &h, int64_t first_group, int64_t groups, const ActBatch &a,

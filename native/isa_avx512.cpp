@@ -11,6 +11,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
+// Register tiles are arrays indexed by constants: without full unrolling they would live in memory.
+#define UNROLL _Pragma("GCC unroll 32")
 
 namespace hayai {
 namespace avx512 {

@@ -101,18 +101,18 @@ template <int T, int CHUNK>
 INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out) {
   const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256i sum[T];
-  for (int v = 0; v < 4; v++) {
+  UNROLL for (int v = 0; v < 4; v++) {
     const __m256i w = codes_at(codes + 32 * v);
     const __m256i low = _mm256_and_si256(w, mask);
     const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), mask);
-    for (int t = 0; t < T; t++) {
+    UNROLL for (int t = 0; t < T; t++) {
       const int8_t *chunk = q + v * CHUNK + 4 * t;
       const __m256i first = _mm256_maddubs_epi16(low, chunk_of(chunk));
       sum[t] = v == 0 ? first : _mm256_add_epi16(sum[t], first);
       sum[t] = _mm256_add_epi16(sum[t], _mm256_maddubs_epi16(high, chunk_of(chunk + 4 * CHUNK)));
     }
   }
-  for (int t = 0; t < T; t++) out[t] = _mm256_madd_epi16(sum[t], ones);
+  UNROLL for (int t = 0; t < T; t++) out[t] = _mm256_madd_epi16(sum[t], ones);
 }
 
 // maddubs wants an unsigned operand: |w| and q * sign(w). Two products of at most 128 * 127 fit 16
@@ -120,9 +120,9 @@ INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out)
 template <int T, int CHUNK>
 INLINE void byte_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out) {
   const __m256i ones = _mm256_set1_epi16(1);
-  for (int v = 0; v < 8; v++) {
+  UNROLL for (int v = 0; v < 8; v++) {
     const __m256i w = codes_at(codes + 32 * v), size = _mm256_abs_epi8(w);
-    for (int t = 0; t < T; t++) {
+    UNROLL for (int t = 0; t < T; t++) {
       const __m256i turned = _mm256_sign_epi8(chunk_of(q + v * CHUNK + 4 * t), w);
       const __m256i dots = _mm256_madd_epi16(_mm256_maddubs_epi16(size, turned), ones);
       out[t] = v == 0 ? dots : _mm256_add_epi32(out[t], dots);

@@ -88,12 +88,12 @@ INLINE __m512i codes_at(const uint8_t *p) { return _mm512_loadu_si512(p); }
 template <int T, int CHUNK>
 INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t tile_bytes, VI *out) {
   const __m512i mask = _mm512_set1_epi8(15);
-  for (int t = 0; t < T; t++) out[t] = _mm512_setzero_si512();
-  for (int v = 0; v < 4; v++) {
+  UNROLL for (int t = 0; t < T; t++) out[t] = _mm512_setzero_si512();
+  UNROLL for (int v = 0; v < 4; v++) {
     const __m512i w = codes_at(codes + 64 * v);
     const __m512i low = _mm512_and_si512(w, mask);
     const __m512i high = _mm512_and_si512(_mm512_srli_epi16(w, 4), mask);
-    for (int t = 0; t < T; t++) {
+    UNROLL for (int t = 0; t < T; t++) {
       const int8_t *chunk = q + t / 4 * tile_bytes + v * CHUNK + t % 4 * 4;
       out[t] = _mm512_dpbusd_epi32(out[t], low, chunk_of(chunk));
       out[t] = _mm512_dpbusd_epi32(out[t], high, chunk_of(chunk + 4 * CHUNK));
@@ -125,12 +125,12 @@ template <int CHUNK> INLINE void offset_corrections(const int8_t *q, int tokens,
 
 template <int T, int CHUNK>
 INLINE void byte_dots(const uint8_t *codes, const int8_t *q, int64_t tile_bytes, VI *out) {
-  for (int t = 0; t < T; t += 4) {
+  UNROLL for (int t = 0; t < T; t += 4) {
     offset_corrections<CHUNK>(q + t / 4 * tile_bytes, T - t < 4 ? T - t : 4, out + t);
   }
-  for (int v = 0; v < 8; v++) {
+  UNROLL for (int v = 0; v < 8; v++) {
     const __m512i w = _mm512_xor_si512(codes_at(codes + 64 * v), _mm512_set1_epi8(-128));
-    for (int t = 0; t < T; t++) {
+    UNROLL for (int t = 0; t < T; t++) {
       const int8_t *chunk = q + t / 4 * tile_bytes + v * CHUNK + t % 4 * 4;
       out[t] = _mm512_dpbusd_epi32(out[t], w, chunk_of(chunk));
     }

@@ -124,28 +124,28 @@ INLINE VI add_halves(I16 v) { return (VI(v) << 16 >> 16) + (VI(v) >> 16); }
 template <int T, int CHUNK>
 INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out) {
   I16 sum[T] = {};
-  for (int v = 0; v < 4; v++) {
+  UNROLL for (int v = 0; v < 4; v++) {
     U16 w;
     memcpy(&w, codes + 32 * v, sizeof w);
     const I16 part[4] = {I16(w & 15), I16(w >> 8 & 15), I16(w >> 4 & 15), I16(w >> 12)};
-    for (int t = 0; t < T; t++) {
+    UNROLL for (int t = 0; t < T; t++) {
       const int8_t *first = q + v * CHUNK + 4 * t, *second = first + 4 * CHUNK;
       sum[t] += part[0] * chunk_pair(first, 0) + part[1] * chunk_pair(first, 1);
       sum[t] += part[2] * chunk_pair(second, 0) + part[3] * chunk_pair(second, 1);
     }
   }
-  for (int t = 0; t < T; t++) out[t] = add_halves(sum[t]);
+  UNROLL for (int t = 0; t < T; t++) out[t] = add_halves(sum[t]);
 }
 
 // Two products of at most 128 * 127 fit 16 bits, so each vector is widened at once.
 template <int T, int CHUNK>
 INLINE void byte_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out) {
-  for (int t = 0; t < T; t++) out[t] = VI{};
-  for (int v = 0; v < 8; v++) {
+  UNROLL for (int t = 0; t < T; t++) out[t] = VI{};
+  UNROLL for (int v = 0; v < 8; v++) {
     I16 w;
     memcpy(&w, codes + 32 * v, sizeof w);
     const I16 even = I16(U16(w) << 8) >> 8, odd = w >> 8;
-    for (int t = 0; t < T; t++) {
+    UNROLL for (int t = 0; t < T; t++) {
       const int8_t *chunk = q + v * CHUNK + 4 * t;
       out[t] += add_halves(even * chunk_pair(chunk, 0) + odd * chunk_pair(chunk, 1));
     }
