@@ -23,25 +23,22 @@ class Region {
 public:
   Region() = default;
   Region(size_t bytes, bool huge) : size_(bytes) {
-    if (bytes == 0)
-      return;
+    if (bytes == 0) return;
 #if defined(__linux__)
     mapped_ = round_up(bytes, kHugePage) + 2 * kHugePage;
-    base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                 -1, 0);
+    base_ =
+        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base_ == MAP_FAILED) {
       base_ = nullptr;
       throw std::bad_alloc();
     }
     start_ = reinterpret_cast<uint8_t *>(round_up(reinterpret_cast<uintptr_t>(base_), kHugePage));
-    if (huge)
-      madvise(start_, round_up(bytes, kHugePage), MADV_HUGEPAGE);
+    if (huge) madvise(start_, round_up(bytes, kHugePage), MADV_HUGEPAGE);
 #else
     (void)huge;
     mapped_ = bytes + 2 * kHugePage;
     base_ = std::calloc(mapped_, 1);
-    if (!base_)
-      throw std::bad_alloc();
+    if (!base_) throw std::bad_alloc();
     start_ = reinterpret_cast<uint8_t *>(round_up(reinterpret_cast<uintptr_t>(base_), kCacheLine));
 #endif
   }
@@ -65,8 +62,7 @@ private:
     std::swap(size_, other.size_);
   }
   void release() {
-    if (!base_)
-      return;
+    if (!base_) return;
 #if defined(__linux__)
     munmap(base_, mapped_);
 #else
@@ -87,8 +83,7 @@ public:
   uint8_t *take(size_t bytes) {
     const size_t at = used_;
     used_ = round_up(used_ + bytes, kCacheLine);
-    if (used_ > region_.size())
-      throw std::bad_alloc();
+    if (used_ > region_.size()) throw std::bad_alloc();
     return region_.data() + at;
   }
   float *take_floats(size_t count) { return reinterpret_cast<float *>(take(count * sizeof(float))); }

@@ -24,8 +24,7 @@ template <class T> using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::
 namespace {
 
 void require(bool ok, const char *what) {
-  if (!ok)
-    throw std::invalid_argument(what);
+  if (!ok) throw std::invalid_argument(what);
 }
 
 std::unique_ptr<Executor> make_executor(const std::string &isa, int threads, int max_tokens, int max_rows,
@@ -52,13 +51,15 @@ int add_head(Executor &e, Matrix<const uint8_t> rows, int64_t cols, Vector<const
   return e.add_head(rows.data(), int64_t(rows.shape(0)), cols, outliers.data());
 }
 
-NormSpec norm_spec(Executor &e, int weight, float offset, float eps) { return {e.vector(weight), offset, eps}; }
+NormSpec norm_spec(Executor &e, int weight, float offset, float eps) {
+  return {e.vector(weight), offset, eps};
+}
 
 Buffer buffer_or_none(Executor &e, int id) { return id < 0 ? Buffer{} : e.buffer(id); }
 
-int add_linear(Executor &e, int weight, int x, int attention, bool quantised, int norm, float norm_offset,
-               float norm_eps, int bias, const std::string &epilogue, std::vector<std::tuple<int, int64_t>> outs,
-               int64_t chunk_groups, int act, bool glu_quantise, float glu_factor) {
+int add_linear(Executor &e, int weight, int x, std::vector<std::tuple<int, int64_t>> outs,
+               int64_t chunk_groups, const std::string &epilogue, int attention, bool quantised, int norm,
+               float norm_offset, float norm_eps, int bias, int act, bool glu_quantise, float glu_factor) {
   Phase p;
   p.kind = PhaseKind::kLinear;
   p.weight = e.weight(weight);
@@ -115,8 +116,9 @@ int add_qkv(Executor &e, int weight, int x, int norm, float norm_offset, float n
   return e.add_phase(std::move(p));
 }
 
-int add_attention(Executor &e, int q, int out, int group, int layer, int num_heads, int num_kv_heads, int head_dim,
-                  int value_dim, float scale, float softcap, int window, int sinks, bool merge_here) {
+int add_attention(Executor &e, int q, int out, int group, int layer, int num_heads, int num_kv_heads,
+                  int head_dim, int value_dim, float scale, float softcap, int window, int sinks,
+                  bool merge_here) {
   Phase p;
   p.kind = PhaseKind::kAttention;
   p.x = e.buffer(q);
@@ -163,15 +165,22 @@ int add_embed(Executor &e, int weight, int head, int out, float scale) {
 }
 
 constexpr std::pair<const char *, PhaseKind> kPlainKinds[] = {
-    {"rms_norm", PhaseKind::kRmsNorm}, {"layer_norm", PhaseKind::kLayerNorm}, {"head_norm", PhaseKind::kHeadNorm},
-    {"rope", PhaseKind::kRope},        {"kv_append", PhaseKind::kKvAppend},   {"glu", PhaseKind::kGlu},
-    {"activation", PhaseKind::kActivation}, {"add", PhaseKind::kAdd},         {"scale", PhaseKind::kScale},
-    {"softcap", PhaseKind::kSoftcap},  {"copy", PhaseKind::kCopy},
+    {"rms_norm", PhaseKind::kRmsNorm},
+    {"layer_norm", PhaseKind::kLayerNorm},
+    {"head_norm", PhaseKind::kHeadNorm},
+    {"rope", PhaseKind::kRope},
+    {"kv_append", PhaseKind::kKvAppend},
+    {"glu", PhaseKind::kGlu},
+    {"activation", PhaseKind::kActivation},
+    {"add", PhaseKind::kAdd},
+    {"scale", PhaseKind::kScale},
+    {"softcap", PhaseKind::kSoftcap},
+    {"copy", PhaseKind::kCopy},
 };
 
 int add_plain(Executor &e, const std::string &kind, int x, int y, int out, int weight, int bias, float eps,
-              float offset, float factor, int act, int head_dim, int value_dim, int num_kv_heads, int rope, int group,
-              int layer) {
+              float offset, float factor, int act, int head_dim, int value_dim, int num_kv_heads, int rope,
+              int group, int layer) {
   Phase p;
   bool found = false;
   for (auto &[name, value] : kPlainKinds)
@@ -206,7 +215,8 @@ void step(Executor &e, Vector<const int32_t> tokens, Vector<const int32_t> posit
           Vector<const int32_t> logit_rows, Vector<const uint8_t> sampling, Vector<int32_t> out_tokens,
           Vector<float> out_logprobs, std::optional<Vector<const int32_t>> bias_start,
           std::optional<Vector<const int32_t>> bias_ids, std::optional<Vector<const float>> bias_values,
-          std::optional<Vector<const int32_t>> history_start, std::optional<Vector<const int32_t>> history_ids,
+          std::optional<Vector<const int32_t>> history_start,
+          std::optional<Vector<const int32_t>> history_ids,
           std::optional<Vector<const int32_t>> history_counts,
           std::vector<std::optional<Vector<const uint32_t>>> masks, std::optional<Matrix<int32_t>> top_ids,
           std::optional<Matrix<float>> top_logprobs, std::optional<Matrix<float>> out_logits) {
@@ -214,12 +224,13 @@ void step(Executor &e, Vector<const int32_t> tokens, Vector<const int32_t> posit
   a.num_tokens = int(tokens.shape(0));
   a.num_seqs = int(query_start.shape(0)) - 1;
   a.num_rows = int(logit_rows.shape(0));
-  require(a.num_tokens >= 1 && a.num_tokens <= e.max_tokens() && a.num_rows <= e.max_rows() && a.num_seqs >= 1 &&
-              a.num_seqs <= a.num_tokens,
+  require(a.num_tokens >= 1 && a.num_tokens <= e.max_tokens() && a.num_rows <= e.max_rows() &&
+              a.num_seqs >= 1 && a.num_seqs <= a.num_tokens,
           "step: more tokens or rows than the executor was made for");
   require(int(positions.shape(0)) == a.num_tokens && int(out_tokens.shape(0)) == a.num_rows &&
               int(out_logprobs.shape(0)) == a.num_rows &&
-              sampling.shape(0) == size_t(a.num_rows) * sizeof(SamplingSpec) && tables.size() == e.num_groups(),
+              sampling.shape(0) == size_t(a.num_rows) * sizeof(SamplingSpec) &&
+              tables.size() == e.num_groups(),
           "step: array sizes disagree");
   a.tokens = tokens.data();
   a.positions = positions.data();
@@ -231,13 +242,16 @@ void step(Executor &e, Vector<const int32_t> tokens, Vector<const int32_t> posit
   }
   a.logit_rows = logit_rows.data();
   a.sampling = reinterpret_cast<const SamplingSpec *>(sampling.data());
-  a.extras = {data_or_null(bias_start), data_or_null(bias_ids), data_or_null(bias_values),
-              data_or_null(history_start), data_or_null(history_ids), data_or_null(history_counts), nullptr};
+  a.extras = {data_or_null(bias_start),
+              data_or_null(bias_ids),
+              data_or_null(bias_values),
+              data_or_null(history_start),
+              data_or_null(history_ids),
+              data_or_null(history_counts),
+              nullptr};
   std::vector<const uint32_t *> mask_rows;
-  for (auto &mask : masks)
-    mask_rows.push_back(mask ? mask->data() : nullptr);
-  if (!mask_rows.empty())
-    a.extras.masks = mask_rows.data();
+  for (auto &mask : masks) mask_rows.push_back(mask ? mask->data() : nullptr);
+  if (!mask_rows.empty()) a.extras.masks = mask_rows.data();
   a.out_tokens = out_tokens.data();
   a.out_logprobs = out_logprobs.data();
   if (top_ids) {
@@ -245,8 +259,7 @@ void step(Executor &e, Vector<const int32_t> tokens, Vector<const int32_t> posit
     a.out_top_ids = top_ids->data();
     a.out_top_logprobs = top_logprobs->data();
   }
-  if (out_logits)
-    a.out_logits = out_logits->data();
+  if (out_logits) a.out_logits = out_logits->data();
   nb::gil_scoped_release release;
   e.step(a);
 }
@@ -268,8 +281,7 @@ std::vector<double> read_bandwidth(size_t bytes, int threads, bool huge_pages, i
   require(threads >= 1 && threads <= 1024 && repeats >= 1 && bytes >= 4096, "read_bandwidth: bad arguments");
   nb::gil_scoped_release release;
   Region region(bytes, huge_pages);
-  for (size_t i = 0; i < bytes; i += 64)
-    region.data()[i] = uint8_t(i >> 6);
+  for (size_t i = 0; i < bytes; i += 64) region.data()[i] = uint8_t(i >> 6);
   const KernelTable &k = *choose_kernels("");
   Pool pool(threads);
   const size_t share = bytes / size_t(threads) / 4096 * 4096;
@@ -299,37 +311,42 @@ NB_MODULE(_native, m) {
       .def("add_weight", &Executor::add_weight, "layout"_a, "groups"_a, "cols"_a)
       .def("fill_weight", &fill_weight, "weight"_a, "rows"_a, "num_rows"_a, "first_group"_a, "step"_a)
       .def("add_head", &add_head, "rows"_a, "cols"_a, "outliers"_a)
-      .def("add_vector", [](Executor &e, Vector<const float> v) { return e.add_vector(v.data(), int64_t(v.shape(0))); })
+      .def("add_vector",
+           [](Executor &e, Vector<const float> v) { return e.add_vector(v.data(), int64_t(v.shape(0))); })
       .def("add_buffer", &Executor::add_buffer, "width"_a, "per_logit_row"_a)
-      .def("add_rope",
-           [](Executor &e, Matrix<const float> cosine, Matrix<const float> sine, int start, bool interleaved) {
-             return e.add_rope(cosine.data(), sine.data(), int64_t(cosine.shape(0)), int(cosine.shape(1)) * 2, start,
-                               interleaved);
-           },
-           "cosine"_a, "sine"_a, "start"_a, "interleaved"_a)
-      .def("add_group", &Executor::add_group, "layers"_a, "heads"_a, "head_dim"_a, "value_dim"_a, "num_blocks"_a)
+      .def(
+          "add_rope",
+          [](Executor &e, Matrix<const float> cosine, Matrix<const float> sine, int start, bool interleaved) {
+            return e.add_rope(cosine.data(), sine.data(), int64_t(cosine.shape(0)), int(cosine.shape(1)) * 2,
+                              start, interleaved);
+          },
+          "cosine"_a, "sine"_a, "start"_a, "interleaved"_a)
+      .def("add_group", &Executor::add_group, "layers"_a, "heads"_a, "head_dim"_a, "value_dim"_a,
+           "num_blocks"_a)
       .def("add_embed", &add_embed, "weight"_a, "head"_a, "out"_a, "scale"_a)
-      .def("add_linear", &add_linear, "weight"_a, "x"_a, "attention"_a = -1, "quantised"_a = false, "norm"_a = -1,
-           "norm_offset"_a = 0.f, "norm_eps"_a = 0.f, "bias"_a = -1, "epilogue"_a = "store", "outs"_a,
-           "chunk_groups"_a, "act"_a = 0, "glu_quantise"_a = false, "glu_factor"_a = 1.f)
-      .def("add_qkv", &add_qkv, "weight"_a, "x"_a, "norm"_a, "norm_offset"_a, "norm_eps"_a, "bias"_a, "q_out"_a,
-           "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "value_dim"_a, "rope"_a, "q_norm"_a, "k_norm"_a,
-           "head_norm_offset"_a, "head_norm_eps"_a, "group"_a, "layer"_a, "chunk_groups"_a)
-      .def("add_attention", &add_attention, "q"_a, "out"_a, "group"_a, "layer"_a, "num_heads"_a, "num_kv_heads"_a,
-           "head_dim"_a, "value_dim"_a, "scale"_a, "softcap"_a, "window"_a, "sinks"_a, "merge_here"_a)
+      .def("add_linear", &add_linear, "weight"_a, "x"_a, "outs"_a, "chunk_groups"_a, "epilogue"_a,
+           "attention"_a = -1, "quantised"_a = false, "norm"_a = -1, "norm_offset"_a = 0.f,
+           "norm_eps"_a = 0.f, "bias"_a = -1, "act"_a = 0, "glu_quantise"_a = false, "glu_factor"_a = 1.f)
+      .def("add_qkv", &add_qkv, "weight"_a, "x"_a, "norm"_a, "norm_offset"_a, "norm_eps"_a, "bias"_a,
+           "q_out"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "value_dim"_a, "rope"_a, "q_norm"_a,
+           "k_norm"_a, "head_norm_offset"_a, "head_norm_eps"_a, "group"_a, "layer"_a, "chunk_groups"_a)
+      .def("add_attention", &add_attention, "q"_a, "out"_a, "group"_a, "layer"_a, "num_heads"_a,
+           "num_kv_heads"_a, "head_dim"_a, "value_dim"_a, "scale"_a, "softcap"_a, "window"_a, "sinks"_a,
+           "merge_here"_a)
       .def("add_lm_head", &add_lm_head, "weight"_a, "head"_a, "x"_a, "norm"_a, "norm_offset"_a, "norm_eps"_a,
            "softcap"_a, "chunk_groups"_a)
       .def("add_plain", &add_plain, "kind"_a, "x"_a, "y"_a = -1, "out"_a = -1, "weight"_a = -1, "bias"_a = -1,
-           "eps"_a = 0.f, "offset"_a = 0.f, "factor"_a = 1.f, "act"_a = 0, "head_dim"_a = 0, "value_dim"_a = 0,
-           "num_kv_heads"_a = 0, "rope"_a = -1, "group"_a = 0, "layer"_a = 0)
+           "eps"_a = 0.f, "offset"_a = 0.f, "factor"_a = 1.f, "act"_a = 0, "head_dim"_a = 0,
+           "value_dim"_a = 0, "num_kv_heads"_a = 0, "rope"_a = -1, "group"_a = 0, "layer"_a = 0)
       .def("finish", &Executor::finish, "vocab"_a)
-      .def("step", &step, "tokens"_a, "positions"_a, "query_start"_a, "tables"_a, "logit_rows"_a, "sampling"_a,
-           "out_tokens"_a, "out_logprobs"_a, "bias_start"_a = nb::none(), "bias_ids"_a = nb::none(),
-           "bias_values"_a = nb::none(), "history_start"_a = nb::none(), "history_ids"_a = nb::none(),
-           "history_counts"_a = nb::none(), "masks"_a = std::vector<std::optional<Vector<const uint32_t>>>{},
-           "top_ids"_a = nb::none(), "top_logprobs"_a = nb::none(), "out_logits"_a = nb::none())
+      .def("step", &step, "tokens"_a, "positions"_a, "query_start"_a, "tables"_a, "logit_rows"_a,
+           "sampling"_a, "out_tokens"_a, "out_logprobs"_a, "bias_start"_a = nb::none(),
+           "bias_ids"_a = nb::none(), "bias_values"_a = nb::none(), "history_start"_a = nb::none(),
+           "history_ids"_a = nb::none(), "history_counts"_a = nb::none(),
+           "masks"_a = std::vector<std::optional<Vector<const uint32_t>>>{}, "top_ids"_a = nb::none(),
+           "top_logprobs"_a = nb::none(), "out_logits"_a = nb::none())
       .def("copy_blocks", &Executor::copy_blocks, "group"_a, "source"_a, "target"_a)
-      .def("stats", &stats);
+      .def("stats", &stats, nb::sig("def stats(self) -> dict[str, float]"));
   m.def("group_bytes", &group_bytes, "layout"_a, "group_rows"_a, "cols"_a);
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "huge_pages"_a, "repeats"_a);
 }

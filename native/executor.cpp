@@ -195,7 +195,8 @@ void Executor::finish(int64_t vocab) {
   }
   part_capacity_ = 2 * (max_context_ / kSplitPositions + 1) + 64;
   parts_region_ = Region(size_t(part_capacity_) * size_t(max_heads) * size_t(max_value + 2) * sizeof(float) +
-                             2 * kCacheLine, false);
+                             2 * kCacheLine,
+                         false);
   parts_ = reinterpret_cast<float *>(parts_region_.data());
   part_stats_ = parts_ + round_up(size_t(part_capacity_ * max_heads * max_value), 16);
   padded_vocab_ = int64_t(round_up(size_t(vocab), 64));
@@ -225,15 +226,15 @@ void Executor::copy_blocks(int group, int64_t source, int64_t target) {
 namespace {
 
 void require(bool ok, const char *what) {
-  if (!ok)
-    throw std::invalid_argument(what);
+  if (!ok) throw std::invalid_argument(what);
 }
 
 } // namespace
 
 // Values that would make a phase read or write outside its arrays. Costs some nanoseconds per token.
 void Executor::check(const StepArgs &a) const {
-  require(a.query_start[0] == 0 && a.query_start[a.num_seqs] == a.num_tokens, "step: query_start must span the tokens");
+  require(a.query_start[0] == 0 && a.query_start[a.num_seqs] == a.num_tokens,
+          "step: query_start must span the tokens");
   for (int s = 0; s < a.num_seqs; s++) {
     const int first = a.query_start[s], end = a.query_start[s + 1];
     require(first < end && end <= a.num_tokens, "step: a sequence without tokens");
@@ -267,8 +268,7 @@ void Executor::step(const StepArgs &args) {
   step_count_++;
   active_ = governor_.threads();
   for (int s = 0; s < args.num_seqs; s++)
-    for (int t = args.query_start[s]; t < args.query_start[s + 1]; t++)
-      seq_of_token_[size_t(t)] = s;
+    for (int t = args.query_start[s]; t < args.query_start[s + 1]; t++) seq_of_token_[size_t(t)] = s;
   survivors_.store(0, std::memory_order_relaxed);
   plan_units();
   plan_rows();
@@ -284,10 +284,8 @@ void Executor::step(const StepArgs &args) {
 
 void Executor::run_thread(int thread) {
   reset_ranges(thread);
-  if (thread == 0)
-    next_unit_[0].store(0, std::memory_order_relaxed);
-  for (const Phase &p : phases_)
-    run_phase(thread, p);
+  if (thread == 0) next_unit_[0].store(0, std::memory_order_relaxed);
+  for (const Phase &p : phases_) run_phase(thread, p);
 }
 
 void Executor::run_phase(int thread, const Phase &p) {
@@ -303,8 +301,7 @@ void Executor::run_phase(int thread, const Phase &p) {
 void Executor::reset_ranges(int thread) {
   // Only a barrier after this may other threads steal from these ranges; the embedding phase ends in one.
   for (const Phase &p : phases_) {
-    if (p.range_index < 0)
-      continue;
+    if (p.range_index < 0) continue;
     const uint64_t end = uint64_t(chunk_end(p, thread)), next = uint64_t(static_end(p, thread));
     const int passes = p.kind == PhaseKind::kHead ? 2 : 1;
     for (int i = 0; i < passes; i++)
@@ -317,8 +314,7 @@ int64_t Executor::take(WorkRange &range, bool from_front) {
   uint64_t old = range.packed.load(std::memory_order_relaxed);
   for (;;) {
     const uint64_t next = old & 0xffffffffu, end = old >> 32;
-    if (next >= end)
-      return -1;
+    if (next >= end) return -1;
     const uint64_t left = from_front ? end << 32 | (next + 1) : (end - 1) << 32 | next;
     if (range.packed.compare_exchange_weak(old, left, std::memory_order_acq_rel))
       return int64_t(from_front ? next : end - 1);

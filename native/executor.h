@@ -69,8 +69,21 @@ struct NormSpec {
 };
 
 enum class PhaseKind {
-  kEmbed, kLinear, kAttention, kHead,
-  kRmsNorm, kLayerNorm, kHeadNorm, kRope, kKvAppend, kGlu, kActivation, kAdd, kScale, kSoftcap, kCopy,
+  kEmbed,
+  kLinear,
+  kAttention,
+  kHead,
+  kRmsNorm,
+  kLayerNorm,
+  kHeadNorm,
+  kRope,
+  kKvAppend,
+  kGlu,
+  kActivation,
+  kAdd,
+  kScale,
+  kSoftcap,
+  kCopy,
 };
 enum class Epilogue { kStore, kAdd, kGlu, kQkv };
 enum class InputKind { kBuffer, kAttention, kQuantised };
@@ -187,8 +200,7 @@ private:
     return thread < active_ ? p.num_chunks * (thread + 1) / active_ : 0;
   }
   int64_t static_end(const Phase &p, int thread) const {
-    if (thread >= active_)
-      return 0;
+    if (thread >= active_) return 0;
     const int64_t begin = chunk_begin(p, thread);
     return begin + (chunk_end(p, thread) - begin) * 7 / 10;
   }

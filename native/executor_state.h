@@ -26,12 +26,20 @@ struct Executor::ThreadState {
     const size_t y_floats = size_t(tokens) * round_up(size_t(max_chunk), 16);
     const size_t attend_floats = attend_scratch_floats(int(per_kv), int(value_dim));
     const size_t out_floats = size_t(kMaxQueryBlock) * size_t(per_kv) * size_t(value_dim);
-    const size_t sizes[] = {cols * 4, cols * 4, cols, blocks * 4, blocks * 4, blocks * 4, y_floats * 4,
-                            k.gemm_scratch_bytes(max_cols), attend_floats * 4, out_floats * 4,
-                            size_t(kMaxQueryBlock) * size_t(per_kv) * 8, cols * 4};
+    const size_t sizes[] = {cols * 4,
+                            cols * 4,
+                            cols,
+                            blocks * 4,
+                            blocks * 4,
+                            blocks * 4,
+                            y_floats * 4,
+                            k.gemm_scratch_bytes(max_cols),
+                            attend_floats * 4,
+                            out_floats * 4,
+                            size_t(kMaxQueryBlock) * size_t(per_kv) * 8,
+                            cols * 4};
     size_t total = 0;
-    for (size_t s : sizes)
-      total += round_up(s, kCacheLine) + kCacheLine;
+    for (size_t s : sizes) total += round_up(s, kCacheLine) + kCacheLine;
     region = Region(total, false);
     uint8_t *at = region.data();
     size_t i = 0;
@@ -76,22 +84,17 @@ struct Executor::HeadRow {
 // takes the rest of its share from the front, then its neighbours' from the back. Owner and thief both
 // keep reading linearly. One core is often some per cent slower than another; without stealing that is
 // waiting time in every phase (measured 0.1 to 0.2 ms per token; docs/log.md).
-template <class Work>
-void Executor::for_chunks(int thread, const Phase &p, int pass, Work &&work) {
+template <class Work> void Executor::for_chunks(int thread, const Phase &p, int pass, Work &&work) {
   if (active_ == 1) {
-    for (int64_t i = 0; i < p.num_chunks; i++)
-      work(i);
+    for (int64_t i = 0; i < p.num_chunks; i++) work(i);
     return;
   }
   const int64_t fixed = static_end(p, thread);
-  for (int64_t i = chunk_begin(p, thread); i < fixed; i++)
-    work(i);
+  for (int64_t i = chunk_begin(p, thread); i < fixed; i++) work(i);
   WorkRange *ranges = &ranges_[size_t(p.range_index + pass) * size_t(pool_.max_threads())];
-  for (int64_t i; (i = take(ranges[thread], true)) >= 0;)
-    work(i);
+  for (int64_t i; (i = take(ranges[thread], true)) >= 0;) work(i);
   for (int other = 1; other < active_; other++)
-    for (int64_t i; (i = take(ranges[(thread + other) % active_], false)) >= 0;)
-      work(i);
+    for (int64_t i; (i = take(ranges[(thread + other) % active_], false)) >= 0;) work(i);
 }
 
 } // namespace hayai

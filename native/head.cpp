@@ -28,11 +28,10 @@ void Executor::plan_rows() {
   full_rows_.clear();
   const Phase *head = nullptr;
   for (const Phase &p : phases_)
-    if (p.kind == PhaseKind::kHead)
-      head = &p;
+    if (p.kind == PhaseKind::kHead) head = &p;
   for (int r = 0; r < args_->num_rows; r++) {
-    const bool screen = head && head->head && args_->sampling[r].plain_greedy &&
-                        !args_->out_logits && !(args_->extras.masks && args_->extras.masks[r]);
+    const bool screen = head && head->head && args_->sampling[r].plain_greedy && !args_->out_logits &&
+                        !(args_->extras.masks && args_->extras.masks[r]);
     (screen ? screened_rows_ : full_rows_).push_back(r);
   }
 }
@@ -48,8 +47,7 @@ void Executor::lm_head(int thread, const Phase &p) {
         const HeadRow *best = &head_rows_[i];
         for (int t = 1; t < active_; t++) {
           const HeadRow &other = head_rows_[size_t(t) * size_t(max_rows_) + i];
-          if (other.best > best->best || (other.best == best->best && other.row < best->row))
-            best = &other;
+          if (other.best > best->best || (other.best == best->best && other.row < best->row)) best = &other;
         }
         args_->out_tokens[screened_rows_[i]] = int32_t(best->row);
       }
@@ -65,8 +63,7 @@ void Executor::lm_head(int thread, const Phase &p) {
 const float *Executor::head_row_input(int thread, const Phase &p, int row) {
   ThreadState &s = *threads_[size_t(thread)];
   const float *x = p.x.data + args_->logit_rows[row] * p.x.stride;
-  if (!p.norm.weight)
-    return x;
+  if (!p.norm.weight) return x;
   k_.rms_norm(x, p.norm.weight, p.norm.offset, p.norm.eps, p.x.width, s.row);
   return s.row;
 }
@@ -77,8 +74,7 @@ const float *Executor::head_row_input(int thread, const Phase &p, int row) {
 void Executor::outlier_block(const ScreenedHead &head, const float *dequantised, ScreenTerms &terms,
                              float *values) const {
   float all = 0, outliers = 0;
-  for (int64_t i = 0; i < head.planes.cols; i++)
-    all += dequantised[i] * dequantised[i];
+  for (int64_t i = 0; i < head.planes.cols; i++) all += dequantised[i] * dequantised[i];
   for (int i = 0; i < ScreenedHead::kOutliers; i++) {
     values[i] = dequantised[head.outlier_inputs[i]];
     outliers += values[i] * values[i];
@@ -100,8 +96,7 @@ void Executor::screened_pass(int thread, const Phase &p) {
   auto prepare = [&](int i) {
     const float *x = head_row_input(thread, p, screened_rows_[size_t(i)]);
     k_.quantize(x, cols, 1.f, s.q, s.scale, s.sum);
-    for (int64_t c = 0; c < cols; c++)
-      s.row2[c] = float(s.q[c]) * s.scale[c / kBlockInputs];
+    for (int64_t c = 0; c < cols; c++) s.row2[c] = float(s.q[c]) * s.scale[c / kBlockInputs];
     alignas(64) float values[ScreenedHead::kOutliers];
     ScreenTerms &terms = terms_[size_t(i)];
     ScreenTerms own;
@@ -122,8 +117,7 @@ void Executor::screened_pass(int thread, const Phase &p) {
   };
 
   HeadRow *best = &head_rows_[size_t(thread) * size_t(max_rows_)];
-  for (int i = 0; i < rows; i++)
-    best[i] = {-INFINITY, -INFINITY, 0};
+  for (int i = 0; i < rows; i++) best[i] = {-INFINITY, -INFINITY, 0};
   // y holds estimates of rows [first, first + n); padding rows are left out.
   auto offer = [&](int i, int64_t first_group, int64_t groups, const float *y, const ScreenTerms &terms) {
     const int64_t first = first_group * k_.group_rows;
@@ -151,8 +145,7 @@ void Executor::screened_pass(int thread, const Phase &p) {
     for (int64_t tile = thread; tile * kTileTokens < rows; tile += active_)
       for (int slot = 0; slot < kTileTokens; slot++) {
         const int i = int(tile) * kTileTokens + slot;
-        if (i < rows)
-          prepare(i);
+        if (i < rows) prepare(i);
         for (int64_t b = 0; b < tile_blocks; b++) {
           const int64_t at = tile * tile_blocks + b;
           for (int c = 0; c < 8; c++) {
@@ -173,15 +166,12 @@ void Executor::screened_pass(int thread, const Phase &p) {
       const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, head.groups - first);
       const uint8_t *w = head.planes.high + size_t(first) * group_size;
       k_.gemm[kQ4_0](w, groups, wide, a, rows, s.y, ldy, s.gemm, w + size_t(groups) * group_size);
-      for (int i = 0; i < rows; i++)
-        offer(i, first, groups, s.y + i * ldy, terms_[size_t(i)]);
+      for (int i = 0; i < rows; i++) offer(i, first, groups, s.y + i * ldy, terms_[size_t(i)]);
     });
   }
   // An exact score of this thread's best estimate is the first threshold.
-  for (int i = 0; i < rows; i++)
-    exact_rows(thread, p, i, &best[i].row, 1, &best[i].first_exact);
-  for (int i = 0; i < rows; i++)
-    best[i].best = best[i].first_exact;
+  for (int i = 0; i < rows; i++) exact_rows(thread, p, i, &best[i].row, 1, &best[i].first_exact);
+  for (int i = 0; i < rows; i++) best[i].best = best[i].first_exact;
 }
 
 // Exact logits of a few rows for screened row i (same bits as head_gemv).
@@ -212,16 +202,14 @@ void Executor::rescore(int thread, const Phase &p) {
     const float *bound = bounds_ + int64_t(i) * padded_vocab_;
     s.candidates.clear();
     for (int64_t row = begin; row < end; row++)
-      if (bound[row] >= threshold)
-        s.candidates.push_back(row);
+      if (bound[row] >= threshold) s.candidates.push_back(row);
     constexpr size_t kBatch = 16;
     int64_t batch[kBatch];
     float y[kBatch];
     for (size_t at = 0; at < s.candidates.size();) {
       size_t n = 0;
       for (; at < s.candidates.size() && n < kBatch; at++)
-        if (bound[s.candidates[at]] >= threshold)
-          batch[n++] = s.candidates[at];
+        if (bound[s.candidates[at]] >= threshold) batch[n++] = s.candidates[at];
       exact_rows(thread, p, int(i), batch, int64_t(n), y);
       for (size_t j = 0; j < n; j++)
         if (y[j] > mine.best || (y[j] == mine.best && batch[j] < mine.row)) {
@@ -246,8 +234,7 @@ void Executor::full_pass(int thread, const Phase &p) {
   const float factor = p.head ? -128.f : sum_factor(p.weight.layout);
   if (rows == 1) {
     const float *x = head_row_input(thread, p, full_rows_[0]);
-    if (!is_float)
-      k_.quantize(x, cols, factor, s.q, s.scale, s.sum);
+    if (!is_float) k_.quantize(x, cols, factor, s.q, s.scale, s.sum);
     const ActRow a{s.q, s.scale, s.sum, x};
     for_chunks(thread, p, 1, [&](int64_t chunk) {
       const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, total_groups - first);
@@ -256,8 +243,7 @@ void Executor::full_pass(int thread, const Phase &p) {
         k_.head_gemv(p.head->planes, first, groups, s.q, s.scale, s.sum, y);
       else
         k_.gemv[p.weight.layout](p.weight.data + size_t(first) * p.weight.group_bytes, groups, cols, a, y);
-      if (p.softcap > 0)
-        k_.softcap(y, p.softcap, groups * k_.group_rows, y);
+      if (p.softcap > 0) k_.softcap(y, p.softcap, groups * k_.group_rows, y);
     });
     return;
   }
@@ -267,8 +253,7 @@ void Executor::full_pass(int thread, const Phase &p) {
       const int i = int(tile) * kTileTokens + slot;
       const float *x = i < rows ? head_row_input(thread, p, full_rows_[size_t(i)]) : s.zeros;
       if (is_float) {
-        if (i < rows)
-          std::memcpy(store.x + i * store.ldx, x, size_t(cols) * sizeof(float));
+        if (i < rows) std::memcpy(store.x + i * store.ldx, x, size_t(cols) * sizeof(float));
         continue;
       }
       const int64_t at = tile * blocks;
@@ -299,9 +284,10 @@ void Executor::sample_rows(int thread, const Phase &) {
     if (args_->out_logits)
       std::memcpy(args_->out_logits + row * vocab_, logits, size_t(vocab_) * sizeof(float));
     const int64_t position = args_->positions[args_->logit_rows[row]];
-    const SampleResult result = Sampler::sample(
-        k_, args_->sampling[row], args_->extras, row, position, logits, vocab_, s.sampler,
-        args_->out_top_ids + int64_t(row) * args_->max_top, args_->out_top_logprobs + int64_t(row) * args_->max_top);
+    const SampleResult result =
+        Sampler::sample(k_, args_->sampling[row], args_->extras, row, position, logits, vocab_, s.sampler,
+                        args_->out_top_ids + int64_t(row) * args_->max_top,
+                        args_->out_top_logprobs + int64_t(row) * args_->max_top);
     args_->out_tokens[row] = result.token;
     args_->out_logprobs[row] = result.logprob;
   }

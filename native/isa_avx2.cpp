@@ -25,9 +25,9 @@ constexpr char kName[] = "avx2";
 #include "head.inc.h"
 //
 #include "attention.inc.h"
+#include "gemm_avx2.inc.h"
 
-static size_t gemm_scratch_bytes(int64_t) { return 64; }
-#define GEMM_BLOCKS gemm_blocks
+#define GEMM_BLOCKS gemm_panels
 #include "table.inc.h"
 
 } // namespace

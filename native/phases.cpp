@@ -78,7 +78,8 @@ void Executor::linear_many(int thread, const Phase &p) {
         const int token = int(tile) * kTileTokens + slot;
         if (is_float) {
           if (token < tokens)
-            std::memcpy(store.x + token * store.ldx, input_row(thread, p, token), size_t(cols) * sizeof(float));
+            std::memcpy(store.x + token * store.ldx, input_row(thread, p, token),
+                        size_t(cols) * sizeof(float));
           continue;
         }
         const float *x = token < tokens ? input_row(thread, p, token) : s.zeros;
@@ -95,8 +96,7 @@ void Executor::linear_many(int thread, const Phase &p) {
     const int64_t groups = std::min(p.chunk_groups, p.weight.groups - first);
     const uint8_t *w = p.weight.data + size_t(first) * p.weight.group_bytes;
     gemm(w, groups, cols, a, tokens, s.y, ldy, s.gemm, w + size_t(groups) * p.weight.group_bytes);
-    for (int t = 0; t < tokens; t++)
-      epilogue(p, t, first, groups, s.y + t * ldy);
+    for (int t = 0; t < tokens; t++) epilogue(p, t, first, groups, s.y + t * ldy);
     if (p.epilogue == Epilogue::kGlu && p.glu_quantise)
       for (int t = tokens; t < int(tiles_of(tokens)) * kTileTokens; t++)
         epilogue_glu(p, t, first, groups, nullptr);
@@ -107,8 +107,7 @@ void Executor::linear_many(int thread, const Phase &p) {
 
 void Executor::epilogue(const Phase &p, int token, int64_t first_group, int64_t groups, float *y) {
   const int64_t row = first_group * k_.group_rows, rows = groups * k_.group_rows;
-  if (p.bias)
-    k_.add(y, p.bias + row, rows, y);
+  if (p.bias) k_.add(y, p.bias + row, rows, y);
   switch (p.epilogue) {
   case Epilogue::kGlu: epilogue_glu(p, token, first_group, groups, y); return;
   case Epilogue::kQkv: epilogue_qkv(p, token, row, rows, y); return;
@@ -135,8 +134,7 @@ void Executor::epilogue_glu(const Phase &p, int token, int64_t first_group, int6
   alignas(64) float values[kMaxGluChunk] = {};
   const int64_t row = first_group / 2 * k_.group_rows;
   const int64_t n = std::min(groups / 2 * k_.group_rows, p.out.width - row);
-  if (y)
-    k_.glu_groups(p.act, y, groups / 2, values);
+  if (y) k_.glu_groups(p.act, y, groups / 2, values);
   if (!p.glu_quantise) {
     std::memcpy(p.out.data + token * p.out.stride + row, values, size_t(n) * sizeof(float));
     return;
@@ -168,8 +166,8 @@ void Executor::store_kv(const Phase &p, int token, int head, int dim, int dims, 
   if (key)
     k_.kv_store(page + size_t(dim) * kPagePositions * 2, slot, y, nullptr, dims, 0);
   else
-    k_.kv_store(page + (size_t(kPagePositions) * p.head_dim + size_t(slot) * p.value_dim + size_t(dim)) * 2, 0,
-                nullptr, y, 0, dims);
+    k_.kv_store(page + (size_t(kPagePositions) * p.head_dim + size_t(slot) * p.value_dim + size_t(dim)) * 2,
+                0, nullptr, y, 0, dims);
 }
 
 // Rows are the heads of q, then k, then v; a chunk lies inside one head (whole heads where the norm or the
@@ -186,8 +184,7 @@ void Executor::epilogue_qkv(const Phase &p, int token, int64_t row, int64_t rows
   const int64_t at = is_q ? row : row - q_rows;
   const int dim = int(at % p.head_dim);
   const NormSpec &norm = is_q ? p.q_norm : p.k_norm;
-  if (norm.weight)
-    k_.rms_norm(y, norm.weight, norm.offset, norm.eps, p.head_dim, y);
+  if (norm.weight) k_.rms_norm(y, norm.weight, norm.offset, norm.eps, p.head_dim, y);
   if (p.rope && dim < p.rope->rotary_dim) {
     const size_t half = size_t(p.rope->rotary_dim / 2);
     const size_t table = size_t(args_->positions[token]) * half + size_t(dim / 2);
@@ -209,8 +206,7 @@ void Executor::plan_units() {
   units_.clear();
   int kv_heads = 1;
   for (const Phase &p : phases_)
-    if (p.kind == PhaseKind::kAttention)
-      kv_heads = p.num_kv_heads;
+    if (p.kind == PhaseKind::kAttention) kv_heads = p.num_kv_heads;
   const bool by_split = a.num_tokens == a.num_seqs && a.num_seqs * kv_heads < 4 * active_;
   int32_t part = 0;
   for (int s = 0; s < a.num_seqs; s++) {
@@ -218,8 +214,7 @@ void Executor::plan_units() {
       const int32_t n = std::min(kMaxQueryBlock, a.query_start[s + 1] - t), position = a.positions[t];
       const int32_t splits = (position + n - 1) / kSplitPositions + 1;
       const bool parts = by_split && part + splits <= part_capacity_;
-      for (int32_t i = 0; i < n; i++)
-        part_of_token_[size_t(t + i)] = parts ? part : -1;
+      for (int32_t i = 0; i < n; i++) part_of_token_[size_t(t + i)] = parts ? part : -1;
       const int32_t step = parts ? (splits > 32 ? 4 : 1) : splits;
       for (int32_t first = 0; first < splits; first += step)
         units_.push_back({s, t, n, position, first, std::min(first + step, splits), parts ? part : -1});
@@ -233,8 +228,7 @@ void Executor::plan_units() {
 }
 
 void Executor::attention(int thread, const Phase &p) {
-  if (thread == 0)
-    next_unit_[(p.attention_phase + 1) & 1].store(0, std::memory_order_relaxed);
+  if (thread == 0) next_unit_[(p.attention_phase + 1) & 1].store(0, std::memory_order_relaxed);
   std::atomic<int> &next = next_unit_[p.attention_phase & 1];
   ThreadState &s = *threads_[size_t(thread)];
   const KvGroup &g = *groups_[size_t(p.group)];
@@ -282,26 +276,24 @@ void Executor::attention(int thread, const Phase &p) {
                       p.sinks ? p.sinks + first_query_head : nullptr,
                       p.out.data + (u.token + i) * p.out.stride + int64_t(first_query_head) * p.value_dim);
   }
-  if (!p.merge_here)
-    return;
+  if (!p.merge_here) return;
   pool_.barrier();
   for (int token = thread; token < args_->num_tokens; token += active_)
-    if (part_of_token_[size_t(token)] >= 0)
-      merge_token(p, token, p.out.data + token * p.out.stride);
+    if (part_of_token_[size_t(token)] >= 0) merge_token(p, token, p.out.data + token * p.out.stride);
 }
 
 // The attention output of a token whose splits were written apart.
 void Executor::merge_token(const Phase &p, int token, float *y) const {
   const int64_t at = int64_t(part_of_token_[size_t(token)]) * p.num_heads;
   const int splits = args_->positions[token] / kSplitPositions + 1;
-  k_.attend_merge(parts_ + at * p.value_dim, part_stats_ + at * 2, splits, p.num_heads, p.value_dim, p.sinks, y);
+  k_.attend_merge(parts_ + at * p.value_dim, part_stats_ + at * 2, splits, p.num_heads, p.value_dim, p.sinks,
+                  y);
 }
 
 // ---------------------------------------------------------------- ops on their own
 
 void Executor::elementwise(int thread, const Phase &p) {
-  for (int token = thread; token < args_->num_tokens; token += active_)
-    elementwise_token(p, token);
+  for (int token = thread; token < args_->num_tokens; token += active_) elementwise_token(p, token);
 }
 
 void Executor::elementwise_token(const Phase &p, int token) {
@@ -314,22 +306,16 @@ void Executor::elementwise_token(const Phase &p, int token) {
       k_.unpack_head_row(p.head->planes, args_->tokens[token], out);
     else
       k_.unpack_row(p.weight.layout, p.weight.data, args_->tokens[token], p.weight.cols, out);
-    if (p.scale != 1)
-      k_.scale(out, p.scale, p.out.width, out);
+    if (p.scale != 1) k_.scale(out, p.scale, p.out.width, out);
     break;
-  case PhaseKind::kRmsNorm:
-    k_.rms_norm(x, p.norm.weight, p.norm.offset, p.norm.eps, p.x.width, out);
-    break;
-  case PhaseKind::kLayerNorm:
-    k_.layer_norm(x, p.norm.weight, p.bias, p.norm.eps, p.x.width, out);
-    break;
+  case PhaseKind::kRmsNorm: k_.rms_norm(x, p.norm.weight, p.norm.offset, p.norm.eps, p.x.width, out); break;
+  case PhaseKind::kLayerNorm: k_.layer_norm(x, p.norm.weight, p.bias, p.norm.eps, p.x.width, out); break;
   case PhaseKind::kHeadNorm:
     for (int64_t at = 0; at < p.x.width; at += p.head_dim)
       k_.rms_norm(x + at, p.norm.weight, p.norm.offset, p.norm.eps, p.head_dim, out + at);
     break;
   case PhaseKind::kRope: {
-    if (out != x)
-      std::memcpy(out, x, size_t(p.x.width) * sizeof(float));
+    if (out != x) std::memcpy(out, x, size_t(p.x.width) * sizeof(float));
     const size_t table = size_t(args_->positions[token]) * size_t(p.rope->rotary_dim / 2);
     for (int64_t at = p.rope->start; at < p.x.width; at += p.head_dim)
       k_.rope(out + at, p.rope->cosine.data() + table, p.rope->sine.data() + table, p.rope->rotary_dim,

@@ -30,8 +30,7 @@ static void futex_wait(std::atomic<uint32_t> *word, uint32_t seen) {
   syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
 }
 static void futex_wake_all(std::atomic<uint32_t> *word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr,
-          0);
+  syscall(SYS_futex, reinterpret_cast<uint32_t *>(word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
 }
 static void yield_core() { sched_yield(); }
 #else
@@ -47,8 +46,7 @@ int64_t WaitWord::wait_change(uint32_t seen) {
   int64_t started = 0;
   for (;;) {
     for (int i = 0; i < 64; i++) {
-      if (load() != seen)
-        return 0;
+      if (load() != seen) return 0;
       cpu_pause();
     }
     const int64_t t = now_ns();
@@ -63,8 +61,7 @@ int64_t WaitWord::wait_change(uint32_t seen) {
       continue;
     }
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
-    if (value_.load(std::memory_order_seq_cst) == seen)
-      futex_wait(&value_, seen);
+    if (value_.load(std::memory_order_seq_cst) == seen) futex_wait(&value_, seen);
     sleepers_.fetch_sub(1, std::memory_order_relaxed);
   }
   return now_ns() - started;
@@ -72,20 +69,17 @@ int64_t WaitWord::wait_change(uint32_t seen) {
 
 void WaitWord::advance() {
   value_.fetch_add(1, std::memory_order_seq_cst);
-  if (sleepers_.load(std::memory_order_seq_cst) != 0)
-    futex_wake_all(&value_);
+  if (sleepers_.load(std::memory_order_seq_cst) != 0) futex_wake_all(&value_);
 }
 
 Pool::Pool(int max_threads) : max_threads_(max_threads) {
-  for (int t = 1; t < max_threads; t++)
-    threads_.emplace_back([this, t] { worker(t); });
+  for (int t = 1; t < max_threads; t++) threads_.emplace_back([this, t] { worker(t); });
 }
 
 Pool::~Pool() {
   stop_.store(true, std::memory_order_release);
   start_.advance();
-  for (auto &thread : threads_)
-    thread.join();
+  for (auto &thread : threads_) thread.join();
 }
 
 void Pool::worker(int thread) {
@@ -93,13 +87,10 @@ void Pool::worker(int thread) {
   for (;;) {
     start_.wait_change(seen);
     seen = start_.load();
-    if (stop_.load(std::memory_order_acquire))
-      return;
-    if (thread < active_)
-      (*job_)(thread);
+    if (stop_.load(std::memory_order_acquire)) return;
+    if (thread < active_) (*job_)(thread);
     // Idle threads report too: `active_` and `job_` may only change when nobody can still read them.
-    if (finished_.fetch_add(1, std::memory_order_acq_rel) + 1 == max_threads_ - 1)
-      done_.advance();
+    if (finished_.fetch_add(1, std::memory_order_acq_rel) + 1 == max_threads_ - 1) done_.advance();
   }
 }
 
@@ -118,13 +109,11 @@ void Pool::run(int threads, const std::function<void(int)> &job) {
   start_.advance();
   job(0);
   if (finished_.load(std::memory_order_acquire) != max_threads_ - 1)
-    while (done_.load() == seen)
-      done_.wait_change(seen);
+    while (done_.load() == seen) done_.wait_change(seen);
 }
 
 void Pool::barrier() {
-  if (active_ == 1)
-    return;
+  if (active_ == 1) return;
   const uint32_t seen = generation_.load();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == active_) {
     arrived_.store(0, std::memory_order_relaxed);
@@ -139,8 +128,7 @@ void Pool::barrier() {
 }
 
 void Governor::step_done(int threads, int late_barriers) {
-  if (max_threads_ == 1)
-    return;
+  if (max_threads_ == 1) return;
   if (threads < max_threads_) {
     if (--until_retry_ <= 0) {
       current_ = max_threads_;
@@ -150,15 +138,12 @@ void Governor::step_done(int threads, int late_barriers) {
     return;
   }
   if (late_barriers == 0) {
-    if (bad_ > 0)
-      bad_--;
-    if (++clean_ >= 4 * kFirstPause)
-      pause_ = kFirstPause;
+    if (bad_ > 0) bad_--;
+    if (++clean_ >= 4 * kFirstPause) pause_ = kFirstPause;
     return;
   }
   clean_ = 0;
-  if (++bad_ < kPatience)
-    return;
+  if (++bad_ < kPatience) return;
   current_ = max_threads_ > 2 ? (max_threads_ + 1) / 2 : 1;
   until_retry_ = pause_;
   pause_ = pause_ * 2 < kLongestPause ? pause_ * 2 : kLongestPause;

@@ -79,8 +79,8 @@ private:
   static constexpr int kPatience = 3, kFirstPause = 64, kLongestPause = 2048;
   const int max_threads_;
   int current_;
-  int bad_ = 0;               // late steps lately; one clean step takes one back
-  int pause_ = kFirstPause;   // steps to stay low before trying again
+  int bad_ = 0;             // late steps lately; one clean step takes one back
+  int pause_ = kFirstPause; // steps to stay low before trying again
   int until_retry_ = 0;
   int clean_ = 0;
   int64_t drops_ = 0;

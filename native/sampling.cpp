@@ -28,8 +28,7 @@ void adjust(const SamplingSpec &spec, const RowExtras &extras, int row, int64_t 
       float &v = x[extras.history_ids[i]];
       const int count = extras.history_counts[i];
       v = v > 0 ? v / spec.repetition_penalty : v * spec.repetition_penalty;
-      if (count > 0)
-        v -= spec.presence_penalty + spec.frequency_penalty * float(count);
+      if (count > 0) v -= spec.presence_penalty + spec.frequency_penalty * float(count);
     }
   }
   if (extras.bias_start)
@@ -38,8 +37,7 @@ void adjust(const SamplingSpec &spec, const RowExtras &extras, int row, int64_t 
   if (extras.masks && extras.masks[row]) {
     const uint32_t *mask = extras.masks[row];
     for (int64_t i = 0; i < vocab; i++)
-      if (!(mask[i / 32] >> (i % 32) & 1))
-        x[i] = -std::numeric_limits<float>::infinity();
+      if (!(mask[i / 32] >> (i % 32) & 1)) x[i] = -std::numeric_limits<float>::infinity();
   }
 }
 
@@ -53,8 +51,7 @@ struct Better {
 void collect(const float *weights, const float *x, int64_t vocab, float cut, std::vector<int32_t> &order) {
   order.clear();
   for (int64_t i = 0; i < vocab; i++)
-    if (weights[i] >= cut && weights[i] > 0)
-      order.push_back(int32_t(i));
+    if (weights[i] >= cut && weights[i] > 0) order.push_back(int32_t(i));
   std::sort(order.begin(), order.end(), Better{x});
 }
 
@@ -67,8 +64,7 @@ int32_t draw(const SamplingSpec &spec, double u, int64_t vocab, const float *x, 
   if (floor > 0) {
     total = 0;
     for (int64_t i = 0; i < vocab; i++)
-      if (w[i] >= floor)
-        total += w[i];
+      if (w[i] >= floor) total += w[i];
   }
   for (float cut = std::max(floor, 1e-3f);; cut = std::max(floor, cut * 0.02f)) {
     const bool everything = cut <= floor || cut < 1e-30f;
@@ -79,33 +75,27 @@ int32_t draw(const SamplingSpec &spec, double u, int64_t vocab, const float *x, 
       count = size_t(spec.top_k);
       complete = true;
     }
-    if (spec.top_k > 0 && !complete)
-      continue;
+    if (spec.top_k > 0 && !complete) continue;
     double mass = total;
     if (complete) {
       mass = 0;
-      for (size_t i = 0; i < count; i++)
-        mass += w[s.order[i]];
+      for (size_t i = 0; i < count; i++) mass += w[s.order[i]];
     }
     double target = u * mass;
     if (spec.top_p < 1) {
       size_t kept = 0;
       double nucleus = 0;
-      while (kept < count && (kept == 0 || nucleus < spec.top_p * mass))
-        nucleus += w[s.order[kept++]];
-      if (nucleus < spec.top_p * mass && !complete)
-        continue;
+      while (kept < count && (kept == 0 || nucleus < spec.top_p * mass)) nucleus += w[s.order[kept++]];
+      if (nucleus < spec.top_p * mass && !complete) continue;
       count = kept;
       target = u * nucleus;
     }
     double sum = 0;
     for (size_t i = 0; i < count; i++) {
       sum += w[s.order[i]];
-      if (sum > target)
-        return s.order[i];
+      if (sum > target) return s.order[i];
     }
-    if (complete)
-      return count ? s.order[count - 1] : 0;
+    if (complete) return count ? s.order[count - 1] : 0;
   }
 }
 
@@ -117,15 +107,13 @@ SampleResult Sampler::sample(const KernelTable &k, const SamplingSpec &spec, con
   const int64_t best = k.argmax(logits, vocab);
   const bool logprobs = spec.num_logprobs >= 0;
   float log_total = 0;
-  if (logprobs || spec.temperature > 0)
-    s.weights.resize(size_t(vocab));
+  if (logprobs || spec.temperature > 0) s.weights.resize(size_t(vocab));
   if (logprobs) {
     const float sum = k.exp_sum(logits, vocab, logits[best], 1.f, s.weights.data());
     log_total = logits[best] + std::log(sum);
     if (spec.num_logprobs > 0) {
       s.order.resize(size_t(vocab));
-      for (int64_t i = 0; i < vocab; i++)
-        s.order[size_t(i)] = int32_t(i);
+      for (int64_t i = 0; i < vocab; i++) s.order[size_t(i)] = int32_t(i);
       const auto n = std::min<int64_t>(spec.num_logprobs, vocab);
       std::partial_sort(s.order.begin(), s.order.begin() + n, s.order.end(), Better{logits});
       for (int64_t i = 0; i < n; i++) {

@@ -41,9 +41,9 @@ public:
     std::vector<int32_t> order;
   };
   // logits [vocab] are left as they are. top_ids, top_logprobs: spec.num_logprobs entries.
-  static SampleResult sample(const KernelTable &k, const SamplingSpec &spec, const RowExtras &extras,
-                             int row, int64_t position, const float *logits, int64_t vocab,
-                             Scratch &scratch, int32_t *top_ids, float *top_logprobs);
+  static SampleResult sample(const KernelTable &k, const SamplingSpec &spec, const RowExtras &extras, int row,
+                             int64_t position, const float *logits, int64_t vocab, Scratch &scratch,
+                             int32_t *top_ids, float *top_logprobs);
 };
 
 } // namespace hayai

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -230,7 +231,7 @@ def _pack_spec(row: SamplingRow) -> NDArray[np.uint8]:
     return spec.view(np.uint8)
 
 
-def _bias_arrays(sampling: tuple[SamplingRow, ...]) -> dict[str, NDArray[np.generic]]:
+def _bias_arrays(sampling: tuple[SamplingRow, ...]) -> dict[str, Any]:
     if not any(row.bias for row in sampling):
         return {}
     pairs = [pair for row in sampling for pair in row.bias]
@@ -241,7 +242,7 @@ def _bias_arrays(sampling: tuple[SamplingRow, ...]) -> dict[str, NDArray[np.gene
     }
 
 
-def _history_arrays(step: StepInput) -> dict[str, NDArray[np.generic]]:
+def _history_arrays(step: StepInput) -> dict[str, Any]:
     found = [history for history in step.histories if history is not None]
     if not found:
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from hayai.plan import ops
 from hayai.plan.plan import Plan
 
 logger = logging.getLogger("hayai")
+
+Fields = dict[str, Any]
+"""Keyword arguments of one native call."""
 
 LAYOUTS: Mapping[str, int] = {"q4_0": 0, "q4_1": 1, "q8_0": 2, "f16": 3, "bf16": 4, "f32": 5}
 """Formats with a packed layout of their own (native/kernels.h, Layout). Others are expanded to f32."""
@@ -306,11 +310,11 @@ class ProgramBuilder:
         else:
             self._store(phase.linear, phase.norm)
 
-    def _input(self, linear: ops.Linear, norm: ops.RmsNorm | None) -> dict[str, int | float | bool]:
+    def _input(self, linear: ops.Linear, norm: ops.RmsNorm | None) -> Fields:
         """Where a linear phase takes its input from."""
         source = linear.x if norm is None else norm.x
         weight, offset, eps = self._norm(norm)
-        fields: dict[str, int | float | bool] = {"norm": weight, "norm_offset": offset, "norm_eps": eps}
+        fields: Fields = {"norm": weight, "norm_offset": offset, "norm_eps": eps}
         if self._quantised == source:
             return {**fields, "x": -1, "quantised": True}
         fields["x"] = self.buffer(source)
@@ -418,30 +422,30 @@ def rope_tables(
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def _rms(b: ProgramBuilder, op: ops.Op) -> dict[str, int | float]:
+def _rms(b: ProgramBuilder, op: ops.Op) -> Fields:
     assert isinstance(op, ops.RmsNorm)
     return {"x": b.buffer(op.x), "out": b.buffer(op.out), "weight": b.vector(op.weight), "eps": op.eps,
             "offset": op.weight_offset}  # fmt: skip
 
 
-def _layer_norm(b: ProgramBuilder, op: ops.Op) -> dict[str, int | float]:
+def _layer_norm(b: ProgramBuilder, op: ops.Op) -> Fields:
     assert isinstance(op, ops.LayerNorm)
     return {"x": b.buffer(op.x), "out": b.buffer(op.out), "weight": b.vector(op.weight),
             "bias": b.vector(op.bias), "eps": op.eps}  # fmt: skip
 
 
-def _head_norm(b: ProgramBuilder, op: ops.Op) -> dict[str, int | float]:
+def _head_norm(b: ProgramBuilder, op: ops.Op) -> Fields:
     assert isinstance(op, ops.HeadNorm)
     return {"x": b.buffer(op.x), "out": b.buffer(op.out), "weight": b.vector(op.weight), "eps": op.eps,
             "offset": op.weight_offset, "head_dim": op.head_dim}  # fmt: skip
 
 
-def _rope(b: ProgramBuilder, op: ops.Op) -> dict[str, int | float]:
+def _rope(b: ProgramBuilder, op: ops.Op) -> Fields:
     assert isinstance(op, ops.Rope)
     return {"x": b.buffer(op.x), "out": b.buffer(op.out), "head_dim": op.head_dim, "rope": b.rope(op)}
 
 
-def _kv_append(b: ProgramBuilder, op: ops.Op) -> dict[str, int | float]:
+def _kv_append(b: ProgramBuilder, op: ops.Op) -> Fields:
     assert isinstance(op, ops.KvAppend)
     assert op.v is not None
     group = b.plan.groups[op.group]
@@ -449,25 +453,25 @@ def _kv_append(b: ProgramBuilder, op: ops.Op) -> dict[str, int | float]:
             "num_kv_heads": group.num_heads, "group": b.groups[op.group], "layer": op.layer}  # fmt: skip
 
 
-def _glu_op(b: ProgramBuilder, op: ops.Op) -> dict[str, int | float]:
+def _glu_op(b: ProgramBuilder, op: ops.Op) -> Fields:
     assert isinstance(op, ops.Glu)
     return {"x": b.buffer(op.gate), "y": b.buffer(op.up), "out": b.buffer(op.out), "act": ACTS[op.act]}
 
 
-def _activation(b: ProgramBuilder, op: ops.Op) -> dict[str, int | float]:
+def _activation(b: ProgramBuilder, op: ops.Op) -> Fields:
     assert isinstance(op, ops.Activation)
     return {"x": b.buffer(op.x), "out": b.buffer(op.out), "act": ACTS[op.act]}
 
 
-def _add(b: ProgramBuilder, op: ops.Op) -> dict[str, int | float]:
+def _add(b: ProgramBuilder, op: ops.Op) -> Fields:
     assert isinstance(op, ops.Add)
     return {"x": b.buffer(op.a), "y": b.buffer(op.b), "out": b.buffer(op.out)}
 
 
-def _unary(factor: str | None) -> Callable[[ProgramBuilder, ops.Op], dict[str, int | float]]:
-    def emit(b: ProgramBuilder, op: ops.Op) -> dict[str, int | float]:
+def _unary(factor: str | None) -> Callable[[ProgramBuilder, ops.Op], Fields]:
+    def emit(b: ProgramBuilder, op: ops.Op) -> Fields:
         assert isinstance(op, ops.Scale | ops.Softcap | ops.Copy)
-        fields: dict[str, int | float] = {"x": b.buffer(op.x), "out": b.buffer(op.out)}
+        fields: Fields = {"x": b.buffer(op.x), "out": b.buffer(op.out)}
         if factor is not None:
             fields["factor"] = getattr(op, factor)
         return fields
@@ -475,7 +479,7 @@ def _unary(factor: str | None) -> Callable[[ProgramBuilder, ops.Op], dict[str, i
     return emit
 
 
-_PLAIN: Mapping[type[ops.Op], Callable[[ProgramBuilder, ops.Op], dict[str, int | float]]] = {
+_PLAIN: Mapping[type[ops.Op], Callable[[ProgramBuilder, ops.Op], Fields]] = {
     ops.RmsNorm: _rms,
     ops.LayerNorm: _layer_norm,
     ops.HeadNorm: _head_norm,
