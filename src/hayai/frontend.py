@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -83,6 +84,9 @@ class Frontend:
         self.tokenizer: Tokenizer | None = loaded.tokenizer
         self.service = EngineService(loaded.engine)
         self._mailbox: LoopMailbox | None = None
+        # Also at the end of the process, and when a Frontend is dropped: the engine's thread must not outlive
+        # the interpreter, nor the weights their last user. Nothing here may refer to `self`.
+        self._close = weakref.finalize(self, _shut_down, self.service)
         pieces = () if loaded.tokenizer is None else loaded.tokenizer.pieces
         self._longest_token = max(map(len, pieces), default=1)
 
@@ -110,9 +114,8 @@ class Frontend:
         self.close()
 
     def close(self) -> None:
-        """Stop running requests ('abort'), the engine's thread, and the backend."""
-        self.service.close()
-        self.loaded.engine.close()
+        """Stop running requests ('abort'), the engine's thread, and the backend. Again: nothing."""
+        self._close()
 
     # ------------------------------------------------------------------ prompts
 
@@ -278,6 +281,11 @@ class Frontend:
                 return events.get_nowait()
             except Empty:
                 self.service.pump()
+
+
+def _shut_down(service: EngineService) -> None:
+    if service.close():
+        service.engine.close()
 
 
 def _push_all(assembler: TextAssembler, events: list[TokenEvent]) -> list[TextChunk]:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from hayai.engine.request import Logprob, RequestTiming, SamplingParams, TokenEvent
 from hayai.engine.service import EngineError
@@ -24,12 +25,12 @@ class Usage:
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class TextChunk:
+class TextChunk(NamedTuple):
     """A piece of an answer. Every token appears in exactly one chunk, with its log-probability if asked.
 
     Text of a token may come a chunk later than its id (half a UTF-8 sequence). The last chunk has a
     `finish_reason` ('stop', 'length' or 'abort'), usage and timing; `stop` is the stop string that ended it.
+    A named tuple for the same reason as TokenEvent.
     """
 
     text: str
@@ -133,7 +134,7 @@ class TextAssembler:
         if not self.engine_finished:
             timing = replace(timing, finished=time.monotonic(), output_tokens=self._num_tokens)
         usage = Usage(timing.prompt_tokens, self._num_tokens, timing.cached_tokens)
-        return replace(chunk, finish_reason=reason, usage=usage, timing=timing, stop=stop)
+        return chunk._replace(finish_reason=reason, usage=usage, timing=timing, stop=stop)
 
     def _chunk(self, text: str, events: list[TokenEvent]) -> TextChunk:
         self._num_tokens += len(events)
@@ -148,8 +149,7 @@ def join_chunks(chunks: Sequence[TextChunk]) -> TextChunk:
     """Several chunks in a row as one; the end of the last one is the end of it."""
     if len(chunks) == 1:
         return chunks[0]
-    return replace(
-        chunks[-1],
+    return chunks[-1]._replace(
         text="".join(c.text for c in chunks),
         token_ids=tuple(t for c in chunks for t in c.token_ids),
         logprobs=tuple(p for c in chunks for p in c.logprobs),

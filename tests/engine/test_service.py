@@ -177,13 +177,26 @@ def test_close_ends_running_and_waiting_requests() -> None:
         service.submit(request(f"r{i}", [5], max_tokens=250), events.put)
     queues[0].get(timeout=WAIT)
     began = time.monotonic()
-    service.close()
+    assert service.close()
     assert time.monotonic() - began < 1.0
     assert [finish(events)[-1].finish_reason for events in queues] == ["abort"] * 3
     assert engine.cache.used_blocks() == 0
     with pytest.raises(EngineError, match="closed"):
         service.submit(request("late", [5]), queues[0].put)
     service.close()
+
+
+def test_close_says_when_a_step_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hayai.engine.service.CLOSE_SECONDS", 0.05)
+    engine, runner = make_engine()
+    slow(runner, 0.5)
+    service = EngineService(engine)
+    service.start()
+    events: SimpleQueue[TokenEvent] = SimpleQueue()
+    service.submit(request("a", [5], max_tokens=1), events.put)
+    time.sleep(0.1)
+    assert not service.close()
+    finish(events)
 
 
 def test_a_listener_that_raises_loses_its_request_only(service: EngineService) -> None:

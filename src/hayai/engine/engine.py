@@ -180,8 +180,9 @@ class Engine:
         if batch is None:
             return self._take_pending()
         assert batch.step is not None
-        for group, sources, targets in self.cache.take_copies():
-            self.runner.copy_blocks(group, sources, targets)
+        if self.cache.has_copies:
+            for group, sources, targets in self.cache.take_copies():
+                self.runner.copy_blocks(group, sources, targets)
         began = time.perf_counter()
         output = self.runner.step(batch.step)
         self._step_seconds += time.perf_counter() - began
@@ -189,7 +190,7 @@ class Engine:
 
     def _commit(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Record computed tokens and new ones; finish what is finished."""
-        events = self._take_pending()
+        events = self._take_pending() if self._pending else []
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.num_computed += count
         samplers = batch.samplers

@@ -109,7 +109,7 @@ class KvCache:
         """Grows whenever a table row changes, so that copies of rows know when they are stale."""
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self._copies: list[list[tuple[int, int]]] = [[] for _ in self.groups]
-        self._has_copies = False
+        self.has_copies = False
 
     # ------------------------------------------------------------------ what is there
 
@@ -206,7 +206,7 @@ class KvCache:
             pool.release(source)
             table[position] = row[position] = target
             self._copies[index].append((source, target))
-            self._has_copies = True
+            self.has_copies = True
         for _ in range(missing):
             row[len(table)] = block = pool.allocate()
             table.append(block)
@@ -246,7 +246,7 @@ class KvCache:
 
     def take_copies(self) -> list[tuple[str, NDArray[np.int32], NDArray[np.int32]]]:
         """Copies (group, sources, targets) that have to be made before the next step runs."""
-        if not self._has_copies:
+        if not self.has_copies:
             return []
         taken = []
         for index, pairs in enumerate(self._copies):
@@ -260,17 +260,17 @@ class KvCache:
                     )
                 )
                 pairs.clear()
-        self._has_copies = False
+        self.has_copies = False
         return taken
 
     def _drop_copies(self, blocks: SequenceBlocks) -> None:
         """Forget copies into blocks that nobody owns any more (their owner left before the step ran)."""
-        if not self._has_copies:
+        if not self.has_copies:
             return
         for index, pairs in enumerate(self._copies):
             references = self.pools[index].references
             self._copies[index] = [(s, t) for s, t in pairs if references[t] > 0]
-        self._has_copies = any(self._copies)
+        self.has_copies = any(self._copies)
 
     # ------------------------------------------------------------------ proof
 

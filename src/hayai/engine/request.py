@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hayai.errors import RequestError
 
@@ -105,8 +106,7 @@ class RequestTiming:
     output_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One generated token of one request. The last event of a request carries `finish_reason`.
 
     finish_reason: None, 'stop' (end token or stop id; the token itself is then not text), 'length',

@@ -111,8 +111,12 @@ class EngineService:
                 self._finish_all("abort", None)
                 raise
 
-    def close(self) -> None:
-        """Stop: running requests end with 'abort' after the step in flight. Further submits fail."""
+    def close(self) -> bool:
+        """Stop: running requests end with 'abort' after the step in flight. Further submits fail.
+
+        True when no step runs any more; False when the one in flight did not end in `CLOSE_SECONDS`, so that
+        the backend must not be freed under it.
+        """
         with self._lock:
             self._closing = True
         self._inbox.put(None)
@@ -120,6 +124,7 @@ class EngineService:
             self.pump()
         elif self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
+        return self._thread is None or not self._thread.is_alive()
 
     def _refuse_dead(self) -> None:
         if self._dead is not None:
