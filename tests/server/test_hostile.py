@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from typing import Any
 
@@ -229,6 +230,9 @@ def test_health_ready_and_schema(http: httpx.Client) -> None:
     schema = http.get("/openapi.json").json()
     chat = schema["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"messages", "temperature", "top_k", "ignore_eos"} <= set(chat["properties"])
+    for name in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(schema)):
+        assert schema["components"]["schemas"][name]["properties"]
+    assert set(schema["paths"]["/v1/models/{model_id}"]) == {"get"}
 
 
 def test_two_requests_in_one_packet(http: httpx.Client) -> None:

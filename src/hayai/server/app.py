@@ -1,18 +1,23 @@
-"""The HTTP face: routes, admission, life span. Wire formats are in openai.py and replies.py."""
+"""The HTTP face: routes, admission, life span. Wire formats are in openai.py and replies.py.
+
+Starlette without FastAPI: bodies are validated by us (limit, strictness, errors in OpenAI's form), so
+FastAPI would add 12 MB and 90 ms of start-up for a schema page.
+"""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
 
 import hayai
 from hayai.config import ServerConfig
@@ -20,31 +25,45 @@ from hayai.errors import RequestError
 from hayai.frontend import EngineError, Frontend
 from hayai.server.errors import ApiError, answer_error, answer_http_error
 from hayai.server.generate import Gate, Generation
-from hayai.server.openai import ChatRequest, CompletionRequest, Job, parse_chat, parse_completion
+from hayai.server.openai import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Job,
+    parse_chat,
+    parse_completion,
+)
 from hayai.server.replies import REPLIES, no_bytes
 
 DEFAULT_NAME = "default"
 """Every server answers to this model name, beside the name of its file."""
 
 
-def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
+def create_app(frontend: Frontend, config: ServerConfig) -> Starlette:
     """The ASGI application of one loaded model. It closes `frontend` when it shuts down.
 
     `app.state.gate.close()` stops all work at the next step (the server calls it on Ctrl-C).
     """
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+    async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
         yield
         app.state.gate.close()
         frontend.close()
 
-    app = FastAPI(
-        title="Hayai",
-        version=hayai.__version__,
+    gate = Gate(config.max_waiting)
+    routes = _Routes(frontend, config, gate)
+    app = Starlette(
         lifespan=lifespan,
-        docs_url=None,  # the page would load its scripts from the network
-        redoc_url=None,
+        routes=[
+            Route("/health", routes.health),
+            Route("/ready", routes.ready),
+            Route("/openapi.json", routes.openapi),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{model_id:path}", routes.model),
+            Route("/v1/chat/completions", routes.chat_completions, methods=["POST"]),
+            Route("/v1/completions", routes.completions, methods=["POST"]),
+        ],
         exception_handlers={
             ApiError: answer_error,
             RequestError: answer_error,
@@ -53,8 +72,7 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
             Exception: answer_error,
         },
     )
-    app.state.gate = Gate(config.max_waiting)
-    _add_routes(app, _Routes(frontend, config, app.state.gate))
+    app.state.gate = gate
     return app
 
 
@@ -70,23 +88,27 @@ class _Routes:
         self.token_bytes = no_bytes if tokenizer is None else tokenizer.token_bytes
         self.fingerprint = f"hayai-{hayai.__version__}"
 
-    async def health(self) -> Response:
+    async def health(self, request: Request) -> Response:
         """Whether the process answers; says nothing of the model."""
         return _json({"status": "ok"})
 
-    async def ready(self) -> Response:
+    async def ready(self, request: Request) -> Response:
         """Whether a request would be taken now. Never generates."""
         ready = not self.gate.closing and self.frontend.alive
         return _json({"status": "ready" if ready else "unavailable"}, 200 if ready else 503)
 
-    async def models(self) -> Response:
+    async def models(self, request: Request) -> Response:
         """The models that are served: one."""
         return _json({"object": "list", "data": [self._model_card()]})
 
-    async def model(self, model_id: str) -> Response:
+    async def model(self, request: Request) -> Response:
         """One model's card."""
-        self._check_model(model_id, None)
+        self._check_model(request.path_params["model_id"], None)
         return _json(self._model_card())
+
+    async def openapi(self, request: Request) -> Response:
+        """What there is to call, and the fields of the bodies."""
+        return _json(describe_api(request.app.routes))
 
     async def chat_completions(self, request: Request) -> Response:
         """Continue a conversation."""
@@ -129,22 +151,6 @@ class _Routes:
             raise ApiError(404, message, param=param, code="model_not_found")
 
 
-def _add_routes(app: FastAPI, routes: _Routes) -> None:
-    plain: dict[str, Any] = {"response_class": Response, "response_model": None}
-    app.add_api_route("/health", routes.health, methods=["GET"], **plain)
-    app.add_api_route("/ready", routes.ready, methods=["GET"], **plain)
-    app.add_api_route("/v1/models", routes.models, methods=["GET"], **plain)
-    app.add_api_route("/v1/models/{model_id:path}", routes.model, methods=["GET"], **plain)
-    for path, endpoint, body in (
-        ("/v1/chat/completions", routes.chat_completions, ChatRequest),
-        ("/v1/completions", routes.completions, CompletionRequest),
-    ):
-        # bodies are read by us (limit, strictness, errors in OpenAI's form), so the schema is said here
-        schema = body.model_json_schema()
-        extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-        app.add_api_route(path, endpoint, methods=["POST"], openapi_extra=extra, **plain)
-
-
 async def _read_body(request: Request, limit: int) -> bytes:
     """The body, at most `limit` bytes of it (ApiError 413). Only JSON is read: a page of another origin can
     send other types without asking the browser's leave, and so could make this machine work for it."""
@@ -175,3 +181,31 @@ def _too_large(limit: int, found: str) -> ApiError:
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(value), status, media_type="application/json")
+
+
+BODIES: dict[str, type[GenerationRequest]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+}
+
+
+def describe_api(routes: Sequence[BaseRoute]) -> dict[str, Any]:
+    """The OpenAPI document of the routes: summaries from their docstrings, bodies from the models."""
+    paths: dict[str, Any] = {}
+    schemas: dict[str, Any] = {}
+    for route in routes:
+        assert isinstance(route, Route)
+        summary = (route.endpoint.__doc__ or "").strip()
+        entry: dict[str, Any] = {"summary": summary, "responses": {"200": {"description": "JSON, or events"}}}
+        if route.path in BODIES:
+            schema = BODIES[route.path].model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas |= schema.pop("$defs", {})
+            entry["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        path = route.path.replace(":path}", "}")
+        for name in route.param_convertors:
+            string = {"type": "string"}
+            entry["parameters"] = [{"name": name, "in": "path", "required": True, "schema": string}]
+        for method in (route.methods or set()) - {"HEAD"}:
+            paths.setdefault(path, {})[method.lower()] = entry
+    info = {"title": "Hayai", "version": hayai.__version__}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": schemas}}

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from hayai.config import ServerConfig
 from hayai.errors import ConfigError
@@ -65,7 +65,7 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_server(app: FastAPI, on_ready: Callable[[], None] | None = None) -> HttpServer:
+def make_server(app: Starlette, on_ready: Callable[[], None] | None = None) -> HttpServer:
     """A server for `app`, not started. `on_ready` is called when it accepts requests."""
     config = uvicorn.Config(
         app,
@@ -82,7 +82,7 @@ def make_server(app: FastAPI, on_ready: Callable[[], None] | None = None) -> Htt
     return HttpServer(config, app, on_ready)
 
 
-def serve(app: FastAPI, sock: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
+def serve(app: Starlette, sock: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
     """Serve until SIGINT or SIGTERM. The first stops all work at the next step, a second doesn't wait.
 
     ConfigError: somebody else listens on the port since it was bound.
@@ -104,7 +104,7 @@ def _has_uvloop() -> bool:
 class HttpServer(uvicorn.Server):
     """uvicorn's server, which stops running requests at once and does not raise the signal again."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: Callable[[], None] | None) -> None:
+    def __init__(self, config: uvicorn.Config, app: Starlette, on_ready: Callable[[], None] | None) -> None:
         super().__init__(config)
         self._app = app
         self._on_ready = on_ready
