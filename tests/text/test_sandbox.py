@@ -49,7 +49,7 @@ HOSTILE = {
     "output": "{% for i in range(99999) %}{{ 'x' * 200000 }}{% endfor %}",
     "recursive loop": "{% for i in [1] recursive %}{{ loop([i, i]) }}{% endfor %}",
     "power": "{{ 10 ** 1000000000 }}",
-    "squares": "{% set ns = namespace(x=7) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "squares": DOUBLE.replace("'ab'", "7").replace("SELF", "ns.x * ns.x"),
     "bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
     "center": "{{ 'x'.center(1000000000) }}",
     "ljust": "{{ 'x'.ljust(1000000000) }}",
@@ -118,7 +118,8 @@ def test_what_templates_use_works() -> None:
     {{- '|%s|%.2f|' % ('a', 1.5) }}{{ '{}-{:>3}'.format('b', 7) }}|{{ 7 // 2 }}|{{ -7 % 3 }}|{{ 2 ** 5 -}}
     |{{ {'a': [1, '<é>'], 'b': none} | tojson }}|{{ [1, 2] | tojson(indent=1) -}}
     |{{ messages | selectattr('role', 'equalto', 'user') | list | length -}}
-    |{{ messages | map(attribute='role') | join('+') }}|{{ ns.last.split('l') | last }}|{{ 'a\nb' | indent(2) -}}
+    |{{ messages | map(attribute='role') | join('+') }}|{{ ns.last.split('l') | last -}}
+    |{{ 'a\nb' | indent(2) -}}
     |{{ 'aXbX'.replace('X', '', 1) | replace('X', '!') }}|{{ (messages[0].nothing | default('d')) ~ 1 -}}
     |{{ messages[::-1][0].content[1:3] }}|{{ 'l' in ns.last }}|{{ strftime_now('%Y') | length -}}
     |{% for k, v in {'x': 1}.items() %}{{ k }}{{ v }}{% endfor %}|{{ {'b': 1, 'a': 2} | dictsort -}}

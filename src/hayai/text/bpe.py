@@ -72,7 +72,7 @@ def read_merges(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
     if merges is None:
         raise ModelError(f"a BPE vocabulary needs {PREFIX}merges; the file has none")
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    if any(len(pair) != 2 for pair in pairs):  # a left part that is itself a space, or a damaged entry
+    if any(len(pair) != 2 or not pair[1] for pair in pairs):  # a left part that is a space, or damage
         pairs = [_pair(i, merge) for i, merge in enumerate(merges)]
     if len(set(pairs)) != len(pairs):
         pairs = list(dict.fromkeys(pairs))

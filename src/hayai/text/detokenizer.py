@@ -23,6 +23,8 @@ class Detokenizer:
         """Text that became complete with this token, maybe empty. IndexError outside the vocabulary."""
         if token_id in self._skipped:
             return ""
+        if token_id < 0:
+            raise IndexError(f"token id {token_id} is negative")
         return self._decoder.decode(self._pieces[token_id])
 
     def flush(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 
 from hayai.errors import ModelError
 
@@ -157,7 +158,7 @@ def _scores(metadata: Mapping[str, object], count: int) -> tuple[float, ...] | N
         return None
     if len(values) < count:
         raise ModelError(f"{PREFIX}scores has {len(values)} entries for {count} tokens")
-    if set(map(type, values)) - {int, float}:
+    if set(map(type, values)) - {int, float} or any(map(isnan, values)):  # type: ignore[arg-type]
         raise ModelError(f"{PREFIX}scores must hold numbers only")
     return tuple(values[:count])  # type: ignore[arg-type]
 
