@@ -87,8 +87,7 @@ class LLM:
         A prompt is raw text without a chat template, or token ids. RequestError names what is wrong.
         """
         sampling = _sampling(params, kw)
-        several = isinstance(prompt, Sequence) and not isinstance(prompt, str)
-        if not several or (len(prompt) > 0 and type(prompt[0]) is int):
+        if isinstance(prompt, str) or not isinstance(prompt, Sequence) or (prompt and type(prompt[0]) is int):
             return self.frontend.generate([_prompt(prompt)], sampling)[0]
         return self.frontend.generate([_prompt(p) for p in prompt], sampling)
 
