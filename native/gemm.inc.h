@@ -1,7 +1,8 @@
 // Matrix times one token (gemv) or many (gemm), for all packed layouts; see kernels.h for the layouts
 // and the exact order of operations. The functions here work for every instruction set:
 //   nibble_dots<T, CHUNK>, byte_dots<T, CHUNK>   int32 dot products of one block, kG rows x T tokens;
-//     chunk c (4 inputs) of token t at q + t / 4 * tile_bytes + c * CHUNK + t % 4 * 4
+//     chunk c (4 inputs) of token t at q + t / 4 * tile_bytes + c * CHUNK + t % 4 * 4. byte_dots gets
+//     the block's `sum` too, which kQ8_0 leaves free (avx512 passes something of its own in it).
 // One lane belongs to one row, so no sum ever crosses lanes and a tile of any shape gives the bits
 // of gemv.
 
@@ -20,9 +21,10 @@ template <int BYTES> INLINE void prefetch_bytes(const uint8_t *p) {
 }
 
 template <int LAYOUT, int T, int CHUNK>
-INLINE void block_dots(const uint8_t *codes, const int8_t *q, int64_t tile_bytes, VI *out) {
+INLINE void block_dots(const uint8_t *codes, const int8_t *q, const float *sum, int64_t tile_bytes,
+                       VI *out) {
   if constexpr (LAYOUT == kQ8_0) {
-    byte_dots<T, CHUNK>(codes, q, tile_bytes, out);
+    byte_dots<T, CHUNK>(codes, q, sum, tile_bytes, out);
   } else {
     nibble_dots<T, CHUNK>(codes, q, tile_bytes, out);
   }
@@ -41,7 +43,8 @@ INLINE void group_times_tokens(const uint8_t *w, int64_t blocks, const int8_t *q
     if (ahead) prefetch_bytes<kBytes>(ahead + b * kBytes);
     const V d = load_f16(w);
     VI dots[T];
-    block_dots<LAYOUT, T, CHUNK>(w + 2 * kG * BlockOf<LAYOUT>::kScales, q, blocks * 128, dots);
+    block_dots<LAYOUT, T, CHUNK>(w + 2 * kG * BlockOf<LAYOUT>::kScales, q, sum, blocks * 128,
+                                  dots);
     UNROLL for (int t = 0; t < T; t++) {
       const int64_t at = t / 4 * blocks * 4 + t % 4;
       const V x = set1(scale[at]), dot = to_float(dots[t]);

@@ -28,9 +28,9 @@ constexpr char kName[] = "avx512";
 #include "head.inc.h"
 //
 #include "attention.inc.h"
+#include "gemm_avx512.inc.h"
 
-static size_t gemm_scratch_bytes(int64_t) { return 64; }
-#define GEMM_BLOCKS gemm_blocks
+#define GEMM_BLOCKS gemm_any
 #include "table.inc.h"
 
 } // namespace

@@ -118,7 +118,7 @@ INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out)
 // maddubs wants an unsigned operand: |w| and q * sign(w). Two products of at most 128 * 127 fit 16
 // bits (|q| <= 127), no more than that is added before widening.
 template <int T, int CHUNK>
-INLINE void byte_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out) {
+INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *, int64_t, VI *out) {
   const __m256i ones = _mm256_set1_epi16(1);
   UNROLL for (int v = 0; v < 8; v++) {
     const __m256i w = codes_at(codes + 32 * v), size = _mm256_abs_epi8(w);

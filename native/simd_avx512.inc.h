@@ -101,32 +101,35 @@ INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t tile_byte
   }
 }
 
-// -128 * (sum of the block's 32 activations) of token t in every lane, exactly. The unsigned operand
-// below is w + 128, and this takes the surplus back.
-template <int CHUNK> INLINE void offset_corrections(const int8_t *q, int tokens, VI *out) {
-  const __m512i offset = _mm512_set1_epi8(-128); // 128 as an unsigned byte
-  if constexpr (CHUNK == 4) {
-    const __m256i all = _mm256_loadu_si256((const __m256i *)q);
-    const __m256i sums =
-        _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm512_castsi512_si256(offset), all);
-    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
-    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
-    out[0] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_broadcastd_epi32(x));
-  } else { // 8 chunks x 4 tokens: lane 4c + t of the first and second half belong to token t
-    __m512i x = _mm512_dpbusd_epi32(_mm512_setzero_si512(), offset, codes_at((const uint8_t *)q));
-    x = _mm512_dpbusd_epi32(x, offset, codes_at((const uint8_t *)q + 64));
-    x = _mm512_sub_epi32(_mm512_setzero_si512(), x);
-    x = _mm512_add_epi32(x, _mm512_shuffle_i32x4(x, x, 0x4e));
-    x = _mm512_add_epi32(x, _mm512_shuffle_i32x4(x, x, 0xb1));
-    for (int t = 0; t < tokens; t++) out[t] = _mm512_permutexvar_epi32(_mm512_set1_epi32(t), x);
-  }
+// -128 * (sum of a token's 32 activations), exactly: with w + 128 as the unsigned operand, this takes the
+// surplus back. One token in a row: in every lane. A tile of four: in the lowest four lanes.
+INLINE __m512i row_correction(const int8_t *q) {
+  const __m256i all = _mm256_loadu_si256((const __m256i *)q);
+  const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(-128), all);
+  __m128i x = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
+  return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_broadcastd_epi32(x));
+}
+INLINE __m128i tile_corrections(const int8_t *q) {
+  const __m512i offset = _mm512_set1_epi8(-128);
+  __m512i x = _mm512_dpbusd_epi32(_mm512_setzero_si512(), offset, codes_at((const uint8_t *)q));
+  x = _mm512_dpbusd_epi32(x, offset, codes_at((const uint8_t *)q + 64));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+  const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return _mm_sub_epi32(_mm_setzero_si128(), sums);
 }
 
+// Tiles find their corrections in `sum`, as int32 (gemm_bytes below).
 template <int T, int CHUNK>
-INLINE void byte_dots(const uint8_t *codes, const int8_t *q, int64_t tile_bytes, VI *out) {
-  UNROLL for (int t = 0; t < T; t += 4) {
-    offset_corrections<CHUNK>(q + t / 4 * tile_bytes, T - t < 4 ? T - t : 4, out + t);
+INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *sum, int64_t tile_bytes,
+                      VI *out) {
+  UNROLL for (int t = 0; t < T; t++) {
+    if constexpr (CHUNK == 4) {
+      out[t] = row_correction(q);
+    } else {
+      out[t] = chunk_of((const int8_t *)(sum + t / 4 * (tile_bytes / 32) + t % 4));
+    }
   }
   UNROLL for (int v = 0; v < 8; v++) {
     const __m512i w = _mm512_xor_si512(codes_at(codes + 64 * v), _mm512_set1_epi8(-128));

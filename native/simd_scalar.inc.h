@@ -139,7 +139,7 @@ INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out)
 
 // Two products of at most 128 * 127 fit 16 bits, so each vector is widened at once.
 template <int T, int CHUNK>
-INLINE void byte_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out) {
+INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *, int64_t, VI *out) {
   UNROLL for (int t = 0; t < T; t++) out[t] = VI{};
   UNROLL for (int v = 0; v < 8; v++) {
     I16 w;
