@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +90,41 @@ def test_wrong_calls_say_what_is_wrong(llm: LLM, call: object, words: list[str])
     with pytest.raises(RequestError) as info:
         call(llm)  # type: ignore[operator]
     assert all(word in str(info.value) for word in words), str(info.value)
+
+
+PROGRAM = """
+import asyncio, sys
+from hayai import LLM
+from hayai.frontend import Prompt, SamplingParams
+
+llm = LLM(sys.argv[1], backend=sys.argv[2])
+llm.generate([5], max_tokens=3)
+half = llm.stream([5], max_tokens=200)
+next(half)
+
+async def begin():
+    global stream
+    stream = llm.frontend.stream(Prompt(token_ids=(5,)), SamplingParams(max_tokens=200))
+    await anext(stream)
+    await stream.aclose()
+
+if sys.argv[3] == "thread":
+    asyncio.run(begin())
+print("end")
+"""
+
+
+@pytest.mark.parametrize("driver", ["thread", "caller"])
+def test_a_process_ends_cleanly_without_close(tmp_path: Path, driver: str) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama_metadata(TINY), random_llama(TINY))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(path), FASTEST, driver],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
 @pytest.mark.model

@@ -172,10 +172,15 @@ class Frontend:
     # ------------------------------------------------------------------ asynchronous
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        arrived: float | None = None,
     ) -> AsyncGenerator[TextChunk, None]:
         """The answer in chunks, from the engine's own thread (started by the first call).
 
+        arrived: monotonic seconds when the request came in, if that was before now (for its timing).
         Closing the iterator or cancelling the task stops the request before the next step.
         RequestError before the first chunk; EngineError when the engine fails.
         """
@@ -183,7 +188,7 @@ class Frontend:
 
         from hayai.frontend_async import EventBox
 
-        arrived = time.monotonic()
+        arrived = time.monotonic() if arrived is None else arrived
         if _num_characters(prompt) < LONG_TEXT:
             ids = self.encode(prompt)
         else:

@@ -154,14 +154,23 @@ BACKENDS: Mapping[str, Callable[[EngineConfig, Progress | None], Backend]] = {
 
 # ---------------------------------------------------------------- options
 
+LARGEST: Mapping[str, int] = {
+    "threads": 1024,
+    "context_length": 1 << 24,
+    "max_sequences": 1 << 12,
+    "max_step_tokens": 1 << 16,
+    "kv_tokens": 1 << 26,
+}
+"""The most that each option may ask for: what its bookkeeping is made for."""
+
 
 def _check_options(config: EngineConfig) -> None:
     if config.backend not in BACKENDS:
         raise ConfigError(f"there is no backend {config.backend!r}; there are: {', '.join(BACKENDS)}")
-    for name in ("threads", "context_length", "max_sequences", "max_step_tokens", "kv_tokens"):
+    for name, most in LARGEST.items():
         value = getattr(config, name)
-        if value is not None and not 1 <= value <= 1 << 30:
-            raise ConfigError(f"{name} must be from 1 to {1 << 30}: {value}")
+        if value is not None and not 1 <= value <= most:
+            raise ConfigError(f"{name} must be from 1 to {most}: {value}")
 
 
 def _resolve(config: EngineConfig, shape: ModelConfig, environment: Environment) -> EngineConfig:
