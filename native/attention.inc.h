@@ -12,7 +12,7 @@
 
 // With 16 registers a broadcast operand must be loaded again for each vector it meets: kept for reuse, it
 // would push accumulators out. The compiler cannot know that the index has not changed.
-#define RELOAD(index)                                                                              \
+#define RELOAD(index)                                                                                        \
   if (kParts > 1) __asm__("" : "+r"(index))
 
 constexpr float kEmptyMax = -1e30f;
@@ -42,14 +42,14 @@ INLINE VF merge_values(VF keep, VF old_value, VF gain, VF new_value) {
 // What the passes share. Rows are (query, head) pairs, row = query * heads + head.
 struct Split {
   const AttendArgs *args;
-  int base;                      // first position of the split
-  int first_query, last_query;   // queries that see any of it: [first, last)
-  int begin, end;                // union of the positions they see, relative to base
-  int first_page, last_page;     // pages of these, 0..4
+  int base;                           // first position of the split
+  int first_query, last_query;        // queries that see any of it: [first, last)
+  int begin, end;                     // union of the positions they see, relative to base
+  int first_page, last_page;          // pages of these, 0..4
   const uint16_t *page[kSplitPages];  // unneeded pages repeat a needed one
   const uint16_t *ahead[kSplitPages]; // same pages of the next split, or null
-  float *scores;                 // [row][64], later e
-  float *keep, *gain;            // [row] weights of the merge
+  float *scores;                      // [row][64], later e
+  float *keep, *gain;                 // [row] weights of the merge
 };
 
 INLINE const float *query_row(const AttendArgs &a, int row) {
@@ -113,9 +113,7 @@ static void value_block(const Split &s, int row, int dim, int lanes, bool fetch)
   const int64_t values = int64_t(kPagePositions) * a.head_dim + dim;
   const float *e = s.scores + row * kSplitPositions;
   VF sums[ROWS][VECTORS];
-  UNROLL for (int r = 0; r < ROWS; r++) {
-    UNROLL for (int i = 0; i < VECTORS; i++) sums[r][i] = splat(0);
-  }
+  UNROLL for (int r = 0; r < ROWS; r++) { UNROLL for (int i = 0; i < VECTORS; i++) sums[r][i] = splat(0); }
   for (int p = s.begin; p < s.end; p++) {
     const int64_t at = values + int64_t(p % kPagePositions) * a.value_dim;
     const uint16_t *v = s.page[p / kPagePositions] + at;
@@ -173,8 +171,7 @@ INLINE void softmax_row(const Split &s, int row, float &largest, float &total) {
   const int own = a.first_position + row / a.heads_per_kv;
   const int low = lowest_seen(a, own) - s.base, high = own - s.base;
   const bool masked = low > kPagePositions * s.first_page || high < kPagePositions * s.last_page - 1;
-  alignas(64) static const float lanes[16] = {0, 1, 2,  3,  4,  5,  6,  7,
-                                              8, 9, 10, 11, 12, 13, 14, 15};
+  alignas(64) static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const VF never = splat(-__builtin_inff());
   float *x = s.scores + row * kSplitPositions;
   VF score[kSplitPages], top = splat(kEmptyMax);
@@ -212,8 +209,7 @@ static void softmax_rows(const Split &s) {
       old_max[i] = a.stats[2 * (row + i)];
       old_sum[i] = a.stats[2 * (row + i) + 1];
     }
-    const MergeWeights w =
-        merge_stats(load16(old_max), load16(old_sum), load16(new_max), load16(new_sum));
+    const MergeWeights w = merge_stats(load16(old_max), load16(old_sum), load16(new_max), load16(new_sum));
     store16_n(s.keep + row, w.keep, count);
     store16_n(s.gain + row, w.gain, count);
     store16(new_max, w.top);
@@ -324,8 +320,7 @@ static void attend_merge(const float *parts, const float *stats, int splits, int
 
 // ---------------------------------------------------------------- cache
 
-static void kv_store(uint8_t *page, int slot, const float *k, const float *v, int head_dim,
-                     int value_dim) {
+static void kv_store(uint8_t *page, int slot, const float *k, const float *v, int head_dim, int value_dim) {
   uint16_t *keys = (uint16_t *)page + slot;
   for (int d = 0; d < head_dim; d += 16) {
     uint16_t half[16];

@@ -83,8 +83,7 @@ void pack(int layout, int group_rows, Mat<const uint8_t> rows, int64_t cols, int
   const int64_t n = int64_t(rows.shape(0)), groups = (first_row + n + group_rows - 1) / group_rows;
   need(rows.shape(1) == file_row_bytes(layout, cols), "rows do not fit the layout");
   need(group_stride >= group_bytes(layout, group_rows, cols) &&
-           len(out) >= int64_t(group_stride) * (groups - 1) +
-                           int64_t(group_bytes(layout, group_rows, cols)),
+           len(out) >= int64_t(group_stride) * (groups - 1) + int64_t(group_bytes(layout, group_rows, cols)),
        "packed bytes do not fit");
   nb::gil_scoped_release release;
   pack_rows(layout, group_rows, rows.data(), rows.shape(1), n, cols, first_row, out.data(), group_stride);
@@ -96,8 +95,8 @@ float pack_head(int group_rows, Mat<const uint8_t> rows, int64_t cols, Vec<const
   const int64_t n = int64_t(rows.shape(0)), groups = (n + group_rows - 1) / group_rows;
   need(rows.shape(1) == file_row_bytes(kQ8_0, cols) && len(outliers) == kOutliers, "bad rows");
   need(len(high) == groups * int64_t(head_high_group_bytes(group_rows, cols)) &&
-           len(low) == groups * int64_t(head_low_group_bytes(group_rows, cols)) &&
-           len(rest_error) == n && len(outlier_error) == n,
+           len(low) == groups * int64_t(head_low_group_bytes(group_rows, cols)) && len(rest_error) == n &&
+           len(outlier_error) == n,
        "planes do not fit");
   nb::gil_scoped_release release;
   return pack_head_planes(group_rows, rows.data(), rows.shape(1), 0, n, cols, outliers.data(), high.data(),
@@ -264,10 +263,25 @@ void attend(const Kernels &k, Floats q, int num_queries, int heads, int head_dim
   const int last = first_position + num_queries - 1;
   need(first_position >= 0 && last / kPagePositions < len(table), "attend: block table too short");
   Scratch scratch(attend_scratch_floats(heads, value_dim) * sizeof(float));
-  const AttendArgs args{q.data(), int64_t(heads) * head_dim, num_queries, heads, head_dim, value_dim,
-                        first_position, window, first_split, last_split, pages.data(), table.data(),
-                        pages.shape(1), scale, softcap, out.data(), int64_t(heads) * value_dim,
-                        stats.data(), (float *)scratch.p};
+  const AttendArgs args{q.data(),
+                        int64_t(heads) * head_dim,
+                        num_queries,
+                        heads,
+                        head_dim,
+                        value_dim,
+                        first_position,
+                        window,
+                        first_split,
+                        last_split,
+                        pages.data(),
+                        table.data(),
+                        pages.shape(1),
+                        scale,
+                        softcap,
+                        out.data(),
+                        int64_t(heads) * value_dim,
+                        stats.data(),
+                        (float *)scratch.p};
   nb::gil_scoped_release release;
   for (int i = 0; i < repeats; i++) {
     k.table->attend(args);
@@ -279,8 +293,8 @@ void attend_merge(const Kernels &k, Floats parts, Floats stats, int splits, int 
   need(len(parts) == int64_t(splits) * heads * value_dim && len(stats) == int64_t(splits) * heads * 2 &&
            len(y) == int64_t(heads) * value_dim && (!sinks || len(*sinks) == heads),
        "attend_merge: arrays do not fit");
-  k.table->attend_merge(parts.data(), stats.data(), splits, heads, value_dim,
-                        sinks ? sinks->data() : nullptr, y.data());
+  k.table->attend_merge(parts.data(), stats.data(), splits, heads, value_dim, sinks ? sinks->data() : nullptr,
+                        y.data());
 }
 
 // ---------------------------------------------------------------- head
@@ -354,8 +368,9 @@ void bind_linear(nb::class_<Kernels> &c) {
       .def("quantize", &quantize, "x"_a, "factor"_a, "q"_a, "scale"_a, "sum"_a, "repeats"_a = 1)
       .def("quantize_tile", &quantize_tile, "x"_a, "factor"_a, "slot"_a, "q"_a, "scale"_a, "sum"_a)
       .def("unpack_row", &unpack_row, "layout"_a, "w"_a, "row"_a, "cols"_a, "out"_a)
-      .def("gemm_scratch_bytes",
-           [](const Kernels &k, int64_t cols) { return k.table->gemm_scratch_bytes(cols); }, "cols"_a);
+      .def(
+          "gemm_scratch_bytes",
+          [](const Kernels &k, int64_t cols) { return k.table->gemm_scratch_bytes(cols); }, "cols"_a);
 }
 
 void bind_elementwise(nb::class_<Kernels> &c) {

@@ -144,13 +144,13 @@ template <int ACT> static void glu_all(const float *gate, const float *up, int64
   }
 }
 
-#define FOR_ACT(call)                                                                              \
-  switch (act) {                                                                                   \
-  case kSilu: call(kSilu); break;                                                                  \
-  case kGelu: call(kGelu); break;                                                                  \
-  case kGeluTanh: call(kGeluTanh); break;                                                          \
-  case kRelu: call(kRelu); break;                                                                  \
-  default: call(kSigmoid);                                                                         \
+#define FOR_ACT(call)                                                                                        \
+  switch (act) {                                                                                             \
+  case kSilu: call(kSilu); break;                                                                            \
+  case kGelu: call(kGelu); break;                                                                            \
+  case kGeluTanh: call(kGeluTanh); break;                                                                    \
+  case kRelu: call(kRelu); break;                                                                            \
+  default: call(kSigmoid);                                                                                   \
   }
 
 static void activation(int act, const float *x, int64_t n, float *y) {

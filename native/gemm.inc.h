@@ -21,8 +21,7 @@ template <int BYTES> INLINE void prefetch_bytes(const uint8_t *p) {
 }
 
 template <int LAYOUT, int T, int CHUNK>
-INLINE void block_dots(const uint8_t *codes, const int8_t *q, const float *sum, int64_t tile_bytes,
-                       VI *out) {
+INLINE void block_dots(const uint8_t *codes, const int8_t *q, const float *sum, int64_t tile_bytes, VI *out) {
   if constexpr (LAYOUT == kQ8_0) {
     byte_dots<T, CHUNK>(codes, q, sum, tile_bytes, out);
   } else {
@@ -43,8 +42,7 @@ INLINE void group_times_tokens(const uint8_t *w, int64_t blocks, const int8_t *q
     if (ahead) prefetch_bytes<kBytes>(ahead + b * kBytes);
     const V d = load_f16(w);
     VI dots[T];
-    block_dots<LAYOUT, T, CHUNK>(w + 2 * kG * BlockOf<LAYOUT>::kScales, q, sum, blocks * 128,
-                                  dots);
+    block_dots<LAYOUT, T, CHUNK>(w + 2 * kG * BlockOf<LAYOUT>::kScales, q, sum, blocks * 128, dots);
     UNROLL for (int t = 0; t < T; t++) {
       const int64_t at = t / 4 * blocks * 4 + t % 4;
       const V x = set1(scale[at]), dot = to_float(dots[t]);
@@ -58,9 +56,7 @@ INLINE void group_times_tokens(const uint8_t *w, int64_t blocks, const int8_t *q
       }
     }
   }
-  UNROLL for (int t = 0; t < T; t++) {
-    y[t] = LAYOUT == kQ4_1 ? add(products[t], minima[t]) : products[t];
-  }
+  UNROLL for (int t = 0; t < T; t++) { y[t] = LAYOUT == kQ4_1 ? add(products[t], minima[t]) : products[t]; }
 }
 
 template <int LAYOUT>
@@ -69,8 +65,7 @@ static void gemv_blocks(const uint8_t *w, int64_t groups, int64_t cols, const Ac
   const size_t bytes = size_t(blocks) * BlockOf<LAYOUT>::kBytes;
   for (int64_t g = 0; g < groups; g++, w += bytes) {
     V out;
-    group_times_tokens<LAYOUT, 1, kRowChunk>(w, blocks, a.q, a.scale, a.sum, w + kPrefetchDistance,
-                                             &out);
+    group_times_tokens<LAYOUT, 1, kRowChunk>(w, blocks, a.q, a.scale, a.sum, w + kPrefetchDistance, &out);
     store(y + kG * g, out);
   }
 }
@@ -83,8 +78,8 @@ static void tile(const uint8_t *w, int64_t blocks, const ActBatch &a, int64_t fi
                  float *y, int64_t ldy) {
   const int64_t at = first / kTileTokens * blocks;
   V out[T];
-  group_times_tokens<LAYOUT, T, kTileChunk>(w, blocks, a.q + at * 128, a.scale + at * 4,
-                                            a.sum + at * 4, ahead, out);
+  group_times_tokens<LAYOUT, T, kTileChunk>(w, blocks, a.q + at * 128, a.scale + at * 4, a.sum + at * 4,
+                                            ahead, out);
   UNROLL for (int t = 0; t < T; t++) store(y + (first + t) * ldy, out[t]);
 }
 
@@ -96,8 +91,11 @@ static void tile_of(int tokens, const uint8_t *w, int64_t blocks, const ActBatch
   case 2: return tile<LAYOUT, 2>(w, blocks, a, first, ahead, y, ldy);
   case 3: return tile<LAYOUT, 3>(w, blocks, a, first, ahead, y, ldy);
   case 4: return tile<LAYOUT, 4>(w, blocks, a, first, ahead, y, ldy);
-  case 8: if constexpr (kMaxTileTokens >= 8) return tile<LAYOUT, 8>(w, blocks, a, first, ahead, y, ldy); break;
-  case 12: if constexpr (kMaxTileTokens >= 12) return tile<LAYOUT, 12>(w, blocks, a, first, ahead, y, ldy);
+  case 8:
+    if constexpr (kMaxTileTokens >= 8) return tile<LAYOUT, 8>(w, blocks, a, first, ahead, y, ldy);
+    break;
+  case 12:
+    if constexpr (kMaxTileTokens >= 12) return tile<LAYOUT, 12>(w, blocks, a, first, ahead, y, ldy);
   }
 }
 
@@ -109,8 +107,8 @@ INLINE int next_tile(int64_t left) {
 
 // While the first tile of a group is computed, the group after it is fetched.
 template <int LAYOUT>
-static void gemm_blocks(const uint8_t *w, int64_t groups, int64_t cols, const ActBatch &a,
-                        int64_t tokens, float *y, int64_t ldy, uint8_t *, const uint8_t *next) {
+static void gemm_blocks(const uint8_t *w, int64_t groups, int64_t cols, const ActBatch &a, int64_t tokens,
+                        float *y, int64_t ldy, uint8_t *, const uint8_t *next) {
   const int64_t blocks = cols / kBlockInputs;
   const size_t bytes = size_t(blocks) * BlockOf<LAYOUT>::kBytes;
   for (int64_t g = 0; g < groups; g++, w += bytes) {
@@ -134,13 +132,11 @@ template <int LAYOUT> INLINE V load_weights(const uint8_t *p) {
 
 // GROUPS x T register tile; every element is one chain over the inputs.
 template <int LAYOUT, int GROUPS, int T>
-static void float_tile(const uint8_t *w, size_t bytes, int64_t cols, const float *x, int64_t ldx,
-                       float *y, int64_t ldy) {
+static void float_tile(const uint8_t *w, size_t bytes, int64_t cols, const float *x, int64_t ldx, float *y,
+                       int64_t ldy) {
   constexpr int kInput = kG * (LAYOUT == kF32 ? 4 : 2);
   V sums[GROUPS][T];
-  UNROLL for (int g = 0; g < GROUPS; g++) {
-    UNROLL for (int t = 0; t < T; t++) sums[g][t] = set1(0);
-  }
+  UNROLL for (int g = 0; g < GROUPS; g++) { UNROLL for (int t = 0; t < T; t++) sums[g][t] = set1(0); }
   for (int64_t k = 0; k < cols; k++, w += kInput) {
     V weights[GROUPS];
     UNROLL for (int g = 0; g < GROUPS; g++) {
@@ -174,13 +170,13 @@ static void float_tiles(const uint8_t *w, size_t bytes, int64_t cols, const floa
 }
 
 template <int LAYOUT>
-static void gemm_float(const uint8_t *w, int64_t groups, int64_t cols, const ActBatch &a,
-                       int64_t tokens, float *y, int64_t ldy, uint8_t *, const uint8_t *) {
+static void gemm_float(const uint8_t *w, int64_t groups, int64_t cols, const ActBatch &a, int64_t tokens,
+                       float *y, int64_t ldy, uint8_t *, const uint8_t *) {
   const size_t bytes = group_bytes(LAYOUT, kG, cols);
   int64_t g = 0;
   for (; g + kFloatGroups <= groups; g += kFloatGroups) {
-    float_tiles<LAYOUT, kFloatGroups>(w + size_t(g) * bytes, bytes, cols, a.x, a.ldx, tokens,
-                                      y + g * kG, ldy);
+    float_tiles<LAYOUT, kFloatGroups>(w + size_t(g) * bytes, bytes, cols, a.x, a.ldx, tokens, y + g * kG,
+                                      ldy);
   }
   for (; g < groups; g++) {
     float_tiles<LAYOUT, 1>(w + size_t(g) * bytes, bytes, cols, a.x, a.ldx, tokens, y + g * kG, ldy);
@@ -206,8 +202,7 @@ INLINE float half_at(const uint8_t *p) {
   return half_to_float(bits);
 }
 
-template <int LAYOUT>
-static void unpack_block_row(const uint8_t *group, int r, int64_t blocks, float *out) {
+template <int LAYOUT> static void unpack_block_row(const uint8_t *group, int r, int64_t blocks, float *out) {
   for (int64_t b = 0; b < blocks; b++, group += BlockOf<LAYOUT>::kBytes, out += 32) {
     const float d = half_at(group + 2 * r);
     const uint8_t *codes = group + 2 * kG * BlockOf<LAYOUT>::kScales;

@@ -14,8 +14,8 @@ constexpr int kPanelRows = 16, kChunks = 8;
 constexpr size_t kPanelCodes = 512, kPanelFloats = 2 * kPanelRows * sizeof(float);
 
 struct Panel {
-  uint8_t *codes;           // [block][chunk][2 groups][32]
-  float *scales, *minima;   // [block][16 rows]
+  uint8_t *codes;         // [block][chunk][2 groups][32]
+  float *scales, *minima; // [block][16 rows]
 };
 
 static size_t gemm_scratch_bytes(int64_t cols) {
@@ -27,8 +27,7 @@ INLINE Panel panel_in(uint8_t *scratch, int64_t blocks) {
   return {scratch, floats, floats + blocks * kPanelRows};
 }
 
-template <int LAYOUT>
-static void unpack_panel(const uint8_t *w, int64_t blocks, const Panel &panel) {
+template <int LAYOUT> static void unpack_panel(const uint8_t *w, int64_t blocks, const Panel &panel) {
   constexpr int kBytes = BlockOf<LAYOUT>::kBytes;
   const __m256i mask = _mm256_set1_epi8(15);
   for (int group = 0; group < 2; group++) {
@@ -138,8 +137,8 @@ static void panel_tile(const Panel &panel, int64_t blocks, const int8_t *q, cons
 constexpr int64_t kPanelTokens = 4;
 
 template <int LAYOUT>
-static void gemm_panel(const Panel &panel, int64_t blocks, const ActBatch &a, int64_t first,
-                       int64_t count, const uint8_t *ahead, float *y, int64_t ldy) {
+static void gemm_panel(const Panel &panel, int64_t blocks, const ActBatch &a, int64_t first, int64_t count,
+                       const uint8_t *ahead, float *y, int64_t ldy) {
   const int64_t at = first / kTileTokens * blocks;
   alignas(64) float products[kTileTokens * kPanelRows], minima[kTileTokens * kPanelRows];
   panel_tile<LAYOUT>(panel, blocks, a.q + at * 128, a.scale + at * 4, a.sum + at * 4, ahead, products);
@@ -154,8 +153,8 @@ static void gemm_panel(const Panel &panel, int64_t blocks, const ActBatch &a, in
 }
 
 template <int LAYOUT>
-static void gemm_panels(const uint8_t *w, int64_t groups, int64_t cols, const ActBatch &a,
-                        int64_t tokens, float *y, int64_t ldy, uint8_t *scratch, const uint8_t *next) {
+static void gemm_panels(const uint8_t *w, int64_t groups, int64_t cols, const ActBatch &a, int64_t tokens,
+                        float *y, int64_t ldy, uint8_t *scratch, const uint8_t *next) {
   if (LAYOUT == kQ8_0 || tokens < kPanelTokens) {
     gemm_blocks<LAYOUT>(w, groups, cols, a, tokens, y, ldy, scratch, next);
     return;

@@ -8,8 +8,8 @@ static size_t gemm_scratch_bytes(int64_t cols) {
   return size_t(cols / kBlockInputs) * size_t(kRunTokens) * sizeof(int32_t) + 64;
 }
 
-static void gemm_bytes(const uint8_t *w, int64_t groups, int64_t cols, const ActBatch &a,
-                       int64_t tokens, float *y, int64_t ldy, uint8_t *scratch, const uint8_t *next) {
+static void gemm_bytes(const uint8_t *w, int64_t groups, int64_t cols, const ActBatch &a, int64_t tokens,
+                       float *y, int64_t ldy, uint8_t *scratch, const uint8_t *next) {
   const int64_t blocks = cols / kBlockInputs;
   for (int64_t first = 0; first < tokens; first += kRunTokens) {
     const int64_t count = tokens - first < kRunTokens ? tokens - first : kRunTokens;

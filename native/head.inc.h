@@ -60,8 +60,8 @@ static void head_rows(const HeadPlanes &h, const int64_t *rows, int64_t num_rows
     while (end < num_rows && rows[end] / kG == group) end++;
     const int64_t next = end < num_rows ? rows[end] / kG : group;
     V out;
-    head_group<1, kRowChunk>(at.high_at(group), at.low_at(group), at.blocks, q, scale, off,
-                             at.high_at(next), at.low_at(next), &out);
+    head_group<1, kRowChunk>(at.high_at(group), at.low_at(group), at.blocks, q, scale, off, at.high_at(next),
+                             at.low_at(next), &out);
     alignas(64) float logits[kG];
     store(logits, out);
     for (; i < end; i++) y[i] = logits[rows[i] % kG];
@@ -73,9 +73,8 @@ static void head_tile(const HeadGroups &at, int64_t g, const ActBatch &a, int64_
                       int64_t ldy) {
   const int64_t tile = first / kTileTokens * at.blocks;
   V out[T];
-  head_group<T, kTileChunk>(at.high_at(g), at.low_at(g), at.blocks, a.q + tile * 128,
-                            a.scale + tile * 4, a.sum + tile * 4, at.high_at(g + 1), at.low_at(g + 1),
-                            out);
+  head_group<T, kTileChunk>(at.high_at(g), at.low_at(g), at.blocks, a.q + tile * 128, a.scale + tile * 4,
+                            a.sum + tile * 4, at.high_at(g + 1), at.low_at(g + 1), out);
   UNROLL for (int t = 0; t < T; t++) store(y + (first + t) * ldy, out[t]);
 }
 

@@ -181,7 +181,7 @@ struct KernelTable {
                        const float *sinks, float *y);
 
   // Screening, see HeadPlanes. screen_bounds: bound[i] = y[i] + rest_norm * rest_error[i] +
-  // outlier_norm * outlier_error[i] + slack for n rows (n a multiple of 8); returns the index of the
+  // outlier_norm * outlier_error[i] + slack for any n (real rows only); returns the index of the
   // largest y (lowest on ties).
   int64_t (*screen_bounds)(const float *y, const float *rest_error, const float *outlier_error,
                            const ScreenTerms &terms, int64_t n, float *bound);

@@ -118,8 +118,7 @@ uint32_t join_nibbles(const uint8_t *first, const uint8_t *second, int shift, ui
 
 // Codes of one row in all blocks. The signed upper half plus 8 is the upper nibble with its top bit
 // flipped.
-void split_row(int group_rows, const HeadRow &row, int64_t blocks, int r, uint8_t *high,
-               uint8_t *low) {
+void split_row(int group_rows, const HeadRow &row, int64_t blocks, int r, uint8_t *high, uint8_t *low) {
   for (int64_t b = 0; b < blocks; b++) {
     uint8_t *high_block = high + b * group_rows * 18, *low_block = low + b * group_rows * 16;
     memcpy(high_block + 2 * r, row.file + b * 34, 2);
@@ -197,8 +196,8 @@ size_t head_low_group_bytes(int group_rows, int64_t cols) {
 }
 
 float pack_head_planes(int group_rows, const uint8_t *rows, size_t row_bytes, int64_t first_row,
-                       int64_t num_rows, int64_t cols, const int32_t outlier_inputs[kOutliers],
-                       uint8_t *high, uint8_t *low, float *rest_error, float *outlier_error) {
+                       int64_t num_rows, int64_t cols, const int32_t outlier_inputs[kOutliers], uint8_t *high,
+                       uint8_t *low, float *rest_error, float *outlier_error) {
   const int64_t blocks = cols / kBlockInputs;
   const size_t high_bytes = head_high_group_bytes(group_rows, cols);
   const size_t low_bytes = head_low_group_bytes(group_rows, cols);

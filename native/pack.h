@@ -42,7 +42,7 @@ size_t head_low_group_bytes(int group_rows, int64_t cols);
 // padded up to a whole group are zero and get no error entry: bound and compare real rows only.
 // Returns the largest ||c||, enlarged likewise.
 float pack_head_planes(int group_rows, const uint8_t *rows, size_t row_bytes, int64_t first_row,
-                       int64_t num_rows, int64_t cols, const int32_t outlier_inputs[kOutliers],
-                       uint8_t *high, uint8_t *low, float *rest_error, float *outlier_error);
+                       int64_t num_rows, int64_t cols, const int32_t outlier_inputs[kOutliers], uint8_t *high,
+                       uint8_t *low, float *rest_error, float *outlier_error);
 
 } // namespace hayai

@@ -14,17 +14,17 @@ struct VFI {
   VI part[kParts];
 };
 
-#define LIFT_1(result, name, type)                                                                 \
-  INLINE result name(type a) {                                                                     \
-    result r;                                                                                      \
-    for (int i = 0; i < kParts; i++) r.part[i] = name(a.part[i]);                                  \
-    return r;                                                                                      \
+#define LIFT_1(result, name, type)                                                                           \
+  INLINE result name(type a) {                                                                               \
+    result r;                                                                                                \
+    for (int i = 0; i < kParts; i++) r.part[i] = name(a.part[i]);                                            \
+    return r;                                                                                                \
   }
-#define LIFT_2(result, name, type)                                                                 \
-  INLINE result name(type a, type b) {                                                             \
-    result r;                                                                                      \
-    for (int i = 0; i < kParts; i++) r.part[i] = name(a.part[i], b.part[i]);                       \
-    return r;                                                                                      \
+#define LIFT_2(result, name, type)                                                                           \
+  INLINE result name(type a, type b) {                                                                       \
+    result r;                                                                                                \
+    for (int i = 0; i < kParts; i++) r.part[i] = name(a.part[i], b.part[i]);                                 \
+    return r;                                                                                                \
   }
 LIFT_1(VF, abs, VF)
 LIFT_1(VF, swap_pairs, VF)
@@ -107,9 +107,7 @@ INLINE void store16_f16_n(uint16_t *p, VF v, int n) {
   for (int i = 0; i < kParts; i++) store_f16_n(p + kG * i, v.part[i], part_lanes(n, i));
 }
 // All 16 lanes while `left` allows, else a partial vector.
-INLINE VF load_left(const float *p, int64_t left) {
-  return left >= 16 ? load16(p) : load16_n(p, int(left));
-}
+INLINE VF load_left(const float *p, int64_t left) { return left >= 16 ? load16(p) : load16_n(p, int(left)); }
 INLINE void store_left(float *p, VF v, int64_t left) {
   if (left >= 16) {
     store16(p, v);

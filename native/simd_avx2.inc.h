@@ -34,8 +34,7 @@ INLINE VI bits(V a) { return _mm256_castps_si256(a); }
 INLINE V to_float(VI a) { return _mm256_cvtepi32_ps(a); }
 INLINE VI to_int(V x) { return _mm256_cvtps_epi32(x); }
 INLINE V power_of_two(VI exponent) {
-  return _mm256_castsi256_ps(
-      _mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
 }
 
 INLINE float reduce_add(V v) {
@@ -97,8 +96,7 @@ INLINE __m256i codes_at(const uint8_t *p) { return _mm256_loadu_si256((const __m
 
 // Unsigned nibbles times signed bytes: 16 products of at most 15 * 128 per 16-bit lane, 30720 < 32767,
 // so they are added in 16 bits and widened once.
-template <int T, int CHUNK>
-INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out) {
+template <int T, int CHUNK> INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out) {
   const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256i sum[T];
   UNROLL for (int v = 0; v < 4; v++) {

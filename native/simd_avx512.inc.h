@@ -32,8 +32,7 @@ INLINE VI bits(V a) { return _mm512_castps_si512(a); }
 INLINE V to_float(VI a) { return _mm512_cvtepi32_ps(a); }
 INLINE VI to_int(V x) { return _mm512_cvtps_epi32(x); }
 INLINE V power_of_two(VI exponent) {
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_add_epi32(exponent, _mm512_set1_epi32(127)), 23));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(exponent, _mm512_set1_epi32(127)), 23));
 }
 
 // Halves are added first: the order of 8-lane tables.
@@ -71,8 +70,7 @@ INLINE void store_bytes(int8_t *p, VI v) { // 16 lanes, saturated to 8 bits
 INLINE V swap_pairs(V v) { return _mm512_permute_ps(v, 0xb1); }
 INLINE V load_twice(const float *p) {
   const __m512 v = _mm512_castps256_ps512(_mm256_loadu_ps(p));
-  return _mm512_permutexvar_ps(
-      _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), v);
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), v);
 }
 
 // ---------------------------------------------------------------- integer dot products
@@ -122,8 +120,7 @@ INLINE __m128i tile_corrections(const int8_t *q) {
 
 // Tiles find their corrections in `sum`, as int32 (gemm_bytes below).
 template <int T, int CHUNK>
-INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *sum, int64_t tile_bytes,
-                      VI *out) {
+INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *sum, int64_t tile_bytes, VI *out) {
   UNROLL for (int t = 0; t < T; t++) {
     if constexpr (CHUNK == 4) {
       out[t] = row_correction(q);

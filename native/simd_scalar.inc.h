@@ -121,8 +121,7 @@ INLINE I16 chunk_pair(const int8_t *q, int odd) {
 }
 INLINE VI add_halves(I16 v) { return (VI(v) << 16 >> 16) + (VI(v) >> 16); }
 
-template <int T, int CHUNK>
-INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out) {
+template <int T, int CHUNK> INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out) {
   I16 sum[T] = {};
   UNROLL for (int v = 0; v < 4; v++) {
     U16 w;

@@ -222,8 +222,11 @@ def test_the_cache_and_queries_may_end_at_a_page_without_access(isa: str) -> Non
 def test_kv_store(isa: str, dim: int) -> None:
     rng = np.random.default_rng(dim)
     specials = np.array(
-        [0, -0.0, 1, 65504, 65519.996, 65520, -1e9, np.inf, -np.inf, 6e-8, 2.98e-8, 2.9802322e-8, 1e-5, -3e-6]
-        + [2.0**-14, 2.0**-14 * (1 - 2.0**-11), 2.0**-25, 2.0**-25 * 1.0001, 1 + 2.0**-11, 1 + 3 * 2.0**-11],
+        [
+            *(0, -0.0, 1, 65504, 65519.996, 65520, -1e9, np.inf, -np.inf),
+            *(6e-8, 2.98e-8, 2.9802322e-8, 1e-5, -3e-6, 2.0**-25, 2.0**-25 * 1.0001),
+            *(2.0**-14, 2.0**-14 * (1 - 2.0**-11), 1 + 2.0**-11, 1 + 3 * 2.0**-11),
+        ],
         np.float32,
     )
     bits = rng.integers(0, 2**32, 2000, np.uint32).view(np.float32)

@@ -64,6 +64,38 @@ def test_elementwise_bits_agree_between_avx2_and_avx512() -> None:
     assert all(same_bits(one, other) for one, other in zip(*results, strict=True))
 
 
+@wide_pair
+def test_attention_bits_agree_between_avx2_and_avx512() -> None:
+    rng = np.random.default_rng(4)
+    heads, dim, length = 3, 64, 100
+    pages = np.zeros((7, 16 * 2 * dim * 2), np.uint8)
+    for p in range(length):
+        KERNELS["avx2"].kv_store(pages[p // 16], p % 16, *rng.normal(size=(2, dim)).astype(np.float32))
+    q = rng.normal(size=5 * heads * dim).astype(np.float32)
+    results = []
+    for isa in ("avx2", "avx512"):
+        out, stats = aligned(len(q)), aligned(5 * heads * 2)
+        KERNELS[isa].attend(
+            q,
+            5,
+            heads,
+            dim,
+            dim,
+            length - 5,
+            0,
+            0,
+            2,
+            pages,
+            np.arange(7, dtype=np.int32),
+            0.125,
+            0.0,
+            out,
+            stats,
+        )
+        results.append((out, stats))
+    assert all(same_bits(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_object_files_share_no_symbol_between_instruction_sets() -> None:
     """A weak symbol compiled for AVX-512 could be the one the linker keeps for every CPU."""
     objects = sorted((ROOT / "build").glob("**/isa_*.cpp.o"))
