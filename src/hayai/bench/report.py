@@ -13,7 +13,7 @@ from rich.table import Table
 
 from hayai.bench.cases import RAW_CASES, Sizes
 from hayai.bench.rows import Row, Summary, summarise
-from hayai.bench.session import Session
+from hayai.bench.session import Session, quality_notes
 from hayai.bench.stats import Spread
 from hayai.bench.verdicts import Verdict, judge
 
@@ -52,7 +52,8 @@ def document(session: Session) -> dict[str, Any]:
         "rows": [raw_row(row) for row in session.rows],
         "summary": [dataclasses.asdict(s) for s in summaries],
         "verdicts": [dataclasses.asdict(v) for v in judge(session.rows, summaries)],
-        "notes": session.notes,
+        "perplexity": session.perplexity,
+        "notes": [*session.notes, *quality_notes(session)],
     }
 
 
@@ -81,7 +82,7 @@ def print_report(session: Session, console: Console) -> None:
         console.print(verdict_table(verdicts))
     for name, install in session.missing.items():
         console.print(f"{name}: not installed; {install}", markup=False)
-    for note in session.notes:
+    for note in (*session.notes, *quality_notes(session)):
         console.print(f"note: {note}", markup=False)
     if "q4_0" in session.files:
         console.print(

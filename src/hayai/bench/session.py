@@ -57,6 +57,8 @@ class Session:
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     identity: dict[str, object] = field(default_factory=dict)
+    quality_text: tuple[int, ...] = ()
+    perplexity: dict[str, float] = field(default_factory=dict)
 
     @property
     def logs(self) -> Path:
@@ -140,6 +142,11 @@ class Session:
 
     def _repetition(self, case: RawCase, side: Side, pair: int, prompts: Prompts) -> None:
         self.turn(case.name, side, pair, case.unit, lambda: case.run(side, prompts, self.options.sizes))
+
+
+QUALITY_TOKENS = 256
+QUALITY_LIMIT = 1.1
+"""A peer whose perplexity is this much above the best one's is named: its speed buys another answer."""
 
 
 @contextlib.contextmanager
@@ -240,5 +247,29 @@ def _start_peers(session: Session, raw: Sequence[RawCase]) -> None:
             except PeerFailure as error:
                 session.notes.append(str(error))
                 session.say(str(error))
+            _check_quality(session, side)
             for case, choice in side.choices.items():
                 session.say(f"  {case}: {choice.score:.0f} tok/s with {choice.variant.name}")
+
+
+def _check_quality(session: Session, side: PeerSide) -> None:
+    """Perplexity on one text for all library sides; a speed without the right answer is no speed."""
+    if not side.choices:
+        return
+    if not session.quality_text:
+        session.quality_text = tuple(session.prompts.ids(QUALITY_TOKENS))
+    try:
+        session.perplexity[side.label] = side.perplexity(session.quality_text)
+    except PeerFailure as error:
+        session.notes.append(f"{side.label}: perplexity not measured: {error}")
+
+
+def quality_notes(session: Session) -> list[str]:
+    """One line per side whose predictions are clearly worse than the best side's on the same text."""
+    best = min(session.perplexity.values(), default=0.0)
+    return [
+        f"{label} predicts the check text with perplexity {value:.1f}, the best side with {best:.1f}: "
+        "what it computes is not the same model's answer"
+        for label, value in session.perplexity.items()
+        if value > QUALITY_LIMIT * best
+    ]

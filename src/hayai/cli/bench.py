@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from hayai.cli.console import note
 from hayai.config import read_environment
+
+if TYPE_CHECKING:
+    from hayai.bench.accuracy import Accuracy
 
 CASE_NAMES = ("decode", "decode-depth", "prefill", "batch", "ttft", "http", "memory", "start", "contention")
 PEER_NAMES = ("llama.cpp", "ik_llama.cpp", "llama-server")
@@ -101,3 +108,62 @@ def speed(
         write_json(session, json_path)
     width = None if sys.stdout.isatty() else 200
     print_report(session, Console(width=width))
+
+
+@command.command()
+@click.option("--model", "-m", default="default", show_default=True, help="A .gguf file, or 'default'.")
+@click.option("--threads", "-t", type=click.IntRange(1, 1024), help="Compute threads. [default: the cores]")
+@click.option("--isa", type=click.Choice(("scalar", "avx2", "avx512")), help="Lower the instruction set.")
+@click.option("--tokens", type=click.IntRange(2), default=2560, show_default=True, help="Length of the text.")
+@click.option("--data", type=click.Path(exists=True, path_type=Path),
+              help="Text file or its folder. [default: HAYAI_DATA/wikitext2, or made-up]")  # fmt: skip
+@click.option(
+    "--peer-python", "pythons", multiple=True, metavar="PATH", help="A Python with peers installed."
+)
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here."
+)
+def accuracy(
+    model: str,
+    threads: int | None,
+    isa: str | None,
+    tokens: int,
+    data: Path | None,
+    pythons: tuple[str, ...],
+    json_path: Path | None,
+) -> None:
+    """Logits of the CPU backend against float32, teacher-forced; perplexity beside peers."""
+    from hayai.bench.accuracy import measure, read_text  # slow imports, as above
+
+    environment = read_environment()
+    if data is None and environment.data is not None:
+        data = environment.data / "wikitext2"
+    text, source = read_text(data, 8 * tokens)
+    # No word is shorter than a token; eight characters a token are plenty, and the rest is not tokenised.
+    result = measure(
+        model, threads or environment.threads or len(os.sched_getaffinity(0)), text[: 8 * tokens], tokens,
+        pythons, environment.home / "bench" / "logs", note, source=source, isa=isa,
+    )  # fmt: skip
+    for line in accuracy_lines(result):
+        click.echo(line)
+    if json_path is not None:
+        json_path.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+
+
+def accuracy_lines(result: Accuracy) -> list[str]:
+    """The result in words."""
+    peers = result.peer_perplexity
+    ratio = result.perplexity / result.reference_perplexity - 1.0
+    lines = [
+        f"text                 {result.text}, {result.num_tokens} predicted tokens, windows of 512",
+        f"KL(float32 || cpu)   mean {result.kl_mean:.2e}, p99 {result.kl_p99:.2e}, max {result.kl_max:.2e}",
+        f"logit noise          {result.logit_noise:.4f} (root mean square)",
+        f"another argmax       {result.disagreements}, beyond a near tie of 0.2 logits: "
+        f"{result.real_disagreements} (largest gap {result.largest_gap:.3f})",
+        f"top-1 agreement      {result.agreement:.4%} by the near-tie rule",
+        f"perplexity           {result.perplexity:.4f} cpu ({ratio:+.3%} against float32)",
+        f"                     {result.reference_perplexity:.4f} float32",
+    ]
+    for name, value in peers.items():
+        lines.append(f"                     {value:.4f} {name} (ours {result.perplexity / value - 1.0:+.3%})")
+    return lines
