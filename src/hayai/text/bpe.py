@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from hayai.errors import ModelError
@@ -42,16 +43,29 @@ class ByteBpe:
         return ids
 
     @staticmethod
-    def piece(token: str, kind: int) -> bytes:
-        """The bytes that a token stands for."""
-        if kind in (CONTROL, USER_DEFINED, UNKNOWN):
-            return token.encode()
-        if kind != NORMAL:  # placeholders that fill up a vocabulary; nothing is printed for them
-            return b""
-        try:
-            return token.translate(_LATIN1_OF_LETTER).encode("latin-1")
-        except UnicodeEncodeError:  # letters that stand for no byte: the token means itself
-            return token.encode()
+    def pieces(vocabulary: Vocabulary) -> list[bytes]:
+        """The bytes that each token stands for: a special token's are its name, a placeholder has none."""
+        normal = [
+            token if kind == NORMAL else ""
+            for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        ]
+        try:  # all at once: a letter is a byte, so that the lengths say where to cut
+            joined = "".join(normal).translate(_LATIN1_OF_LETTER).encode("latin-1")
+        except UnicodeEncodeError:  # some letter stands for no byte
+            pieces = list(map(_piece, normal))
+        else:
+            ends = list(accumulate(map(len, normal)))
+            pieces = [joined[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        for token_id in vocabulary.ids_of_type(CONTROL, USER_DEFINED, UNKNOWN):
+            pieces[token_id] = vocabulary.tokens[token_id].encode()
+        return pieces
+
+
+def _piece(token: str) -> bytes:
+    try:
+        return token.translate(_LATIN1_OF_LETTER).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode()
 
 
 def find_pre_tokenizer(metadata: Mapping[str, object]) -> PreTokenizer:
@@ -71,12 +85,13 @@ def read_merges(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
     merges = strings(metadata, "merges")
     if merges is None:
         raise ModelError(f"a BPE vocabulary needs {PREFIX}merges; the file has none")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    if any(len(pair) != 2 or not pair[1] for pair in pairs):  # a left part that is a space, or damage
+    parts = " ".join(merges).split(" ")
+    pairs = list(zip(parts[::2], parts[1::2], strict=False))
+    if "" in parts or list(map(" ".join, pairs)) != merges:  # a part that is a space itself, or damage
         pairs = [_pair(i, merge) for i, merge in enumerate(merges)]
-    if len(set(pairs)) != len(pairs):
+    if len(set(merges)) != len(merges):
         pairs = list(dict.fromkeys(pairs))
-    return pairs  # type: ignore[return-value]
+    return pairs
 
 
 def _pair(index: int, merge: str) -> tuple[str, str]:

@@ -62,7 +62,7 @@ class ChatTemplate:
         return cls(source, bos, eos)
 
     def render(
-        self, messages: object, *, tools: object = None, add_generation_prompt: bool = True, **kw: object
+        self, messages: object, /, *, tools: object = None, add_generation_prompt: bool = True, **kw: object
     ) -> str:
         """The prompt as text. `kw` are further variables of the template (`enable_thinking=False`).
 
@@ -110,6 +110,7 @@ def encode_chat(
     template: ChatTemplate,
     tokenizer: Tokenizer,
     messages: object,
+    /,
     tools: object = None,
     *,
     add_generation_prompt: bool = True,
@@ -119,7 +120,7 @@ def encode_chat(
 
     Errors as `ChatTemplate.render`.
     """
-    request: dict[str, object] = {"messages": normalize_messages(messages), "tools": tools, **kw}
+    request: dict[str, object] = {**kw, "messages": normalize_messages(messages), "tools": tools}
 
     def render(change: Callable[[str], str]) -> str:
         changed = _map_strings(request, change)

@@ -101,17 +101,21 @@ class SentencePiece:
         return ids
 
     @staticmethod
-    def piece(token: str, kind: int) -> bytes:
-        """The bytes that a token stands for."""
-        if kind == NORMAL:
-            return token.replace(SPACE, " ").encode()
-        if kind in (CONTROL, USER_DEFINED, UNKNOWN):
-            return token.encode()
-        byte = _BYTE_NAME.fullmatch(token) if kind == BYTE else None
-        return bytes.fromhex(byte[1]) if byte else b""
+    def pieces(vocabulary: Vocabulary) -> list[bytes]:
+        """The bytes that each token stands for: a special token's are its name, a placeholder has none."""
+        return list(map(_piece, vocabulary.tokens, vocabulary.types))
 
 
 _BYTE_NAME = re.compile("<0x([0-9A-F]{2})>")
+
+
+def _piece(token: str, kind: int) -> bytes:
+    if kind == NORMAL:
+        return token.replace(SPACE, " ").encode()
+    if kind in (CONTROL, USER_DEFINED, UNKNOWN):
+        return token.encode()
+    byte = _BYTE_NAME.fullmatch(token) if kind == BYTE else None
+    return bytes.fromhex(byte[1]) if byte else b""
 
 
 def _byte_ids(vocabulary: Vocabulary) -> list[int]:

@@ -41,7 +41,7 @@ class Encoder(Protocol):
     def encode(self, stretch: str) -> list[int]: ...
 
     @staticmethod
-    def piece(token: str, kind: int) -> bytes: ...
+    def pieces(vocabulary: Vocabulary) -> list[bytes]: ...
 
 
 # tokenizer.ggml.model -> how to build its encoder, and the special ids that the kind implies.
@@ -75,7 +75,7 @@ class Tokenizer:
         self.special_ids = frozenset(vocabulary.ids_of_type(CONTROL, UNKNOWN))
         self._encoder = encoder
         self._space_prefix = " " if add_space_prefix else ""
-        self.pieces = tuple(map(encoder.piece, vocabulary.tokens, vocabulary.types))
+        self.pieces = tuple(encoder.pieces(vocabulary))
         user = {vocabulary.tokens[i]: i for i in vocabulary.ids_of_type(USER_DEFINED)}
         control = {vocabulary.tokens[i]: i for i in sorted(self.special_ids)}
         self._user_tokens = SpecialTokens(user, strip_after)
