@@ -25,10 +25,10 @@ class ServerProcess:
         return self.process.returncode, errors
 
 
-def start_server(model: Path, *options: str) -> ServerProcess:
+def start_server(model: Path, *options: str, backend: str = "reference") -> ServerProcess:
     """`hayai serve` on a free port, once it listens."""
     process = subprocess.Popen(
-        [*COMMAND, "serve", "--port", "0", "--model", str(model), "--backend", "reference", *options],
+        [*COMMAND, "serve", "--port", "0", "--model", str(model), "--backend", backend, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import socket
@@ -233,6 +234,28 @@ def test_health_ready_and_schema(http: httpx.Client) -> None:
     for name in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(schema)):
         assert schema["components"]["schemas"][name]["properties"]
     assert set(schema["paths"]["/v1/models/{model_id}"]) == {"get"}
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\nx: " + b"y" * 200_000, 431),
+        (b"GET /" + b"y" * 200_000, 431),
+        (b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 40_000, 431),
+        (b"\x16\x03\x01 this is not HTTP\r\n\r\n", 400),
+        (b"POST /v1/completions HTTP/1.1\r\ncontent-length: -5\r\n\r\n", 400),
+    ],
+)
+def test_heads_that_are_too_long_or_none(http: httpx.Client, head: bytes, status: int) -> None:
+    with socket.create_connection((http.base_url.host, http.base_url.port), timeout=10) as raw:
+        raw.sendall(head)
+        text = b""
+        with contextlib.suppress(ConnectionResetError):  # it closes on what we still send
+            while part := raw.recv(4096):
+                text += part
+    assert not text or text.startswith(f"HTTP/1.1 {status} ".encode())
+    assert status != 400 or json.loads(text.partition(b"\r\n\r\n")[2])["error"]["code"] == "bad_request"
+    assert http.get("/health").status_code == 200
 
 
 def test_two_requests_in_one_packet(http: httpx.Client) -> None:

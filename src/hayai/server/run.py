@@ -9,13 +9,19 @@ import socket
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hayai.config import ServerConfig
 from hayai.errors import ConfigError
+from hayai.server.errors import ApiError
+
+MAX_HEAD_BYTES = 64 << 10
+"""Of a request's first line and headers together."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -70,9 +76,9 @@ def make_server(app: Starlette, on_ready: Callable[[], None] | None = None) -> H
     config = uvicorn.Config(
         app,
         loop="uvloop" if _has_uvloop() else "asyncio",
-        http="httptools",
+        http=LimitedProtocol,
         ws="none",
-        log_level="warning",
+        log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,
@@ -99,6 +105,43 @@ def _has_uvloop() -> bool:
 
         return True
     return False
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with a limit on a request's head, and errors in OpenAI's form.
+
+    The parser keeps a head until it is complete, however long it gets.
+    """
+
+    _in_head = True
+    _head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._refuse(431, f"the request's head is too large: the limit is {MAX_HEAD_BYTES} bytes")
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = ApiError(status, message, code="bad_request").body()
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
 
 
 class HttpServer(uvicorn.Server):
