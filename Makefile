@@ -71,11 +71,12 @@ wheel: $(WHEEL_STAMP) ## a wheel in dist/ that installs without a compiler
 fuzz: $(VENV)/.stamp-dev ## hostile GGUF files (FUZZ_SECONDS, FUZZ_CASES)
 	$(RUN) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS) --cases $(FUZZ_CASES) --backend cpu $(ARGS)
 
-# The sanitised core goes before the installed one on the path. Leaks are the interpreter's own, by design.
-ASAN_RUN = env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" PYTHONPATH=.asan/site PYTHONMALLOC=malloc \
+# The sanitised core goes before the installed one on the path. Leaks are the interpreter's own, by design. libstdc++
+# is loaded with the sanitiser, which looks for the function that throws before Python loads the core.
+ASAN_RUN = env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" PYTHONPATH=.asan/site PYTHONMALLOC=malloc \
   ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 $(RUN)
 asan: $(VENV)/.stamp-dev .asan/.stamp ## kernel tests and the fuzz target under the sanitisers
-	$(ASAN_RUN) -m pytest -p no:cacheprovider tests/kernels tests/test_tiny.py $(ARGS)
+	$(ASAN_RUN) -m pytest -p no:cacheprovider --capture=sys tests/kernels tests/test_tiny.py $(ARGS)
 	$(ASAN_RUN) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS) --cases $(FUZZ_CASES) --backend cpu --memory-mb 0
 
 clean: ## remove what was built; models in the cache stay
