@@ -65,6 +65,8 @@ CHANGING = {
     "half": _changing("{{ m.content }}nd|>"),
     "first": _changing("{{ '<' ~ m.content }}"),
     "reverse": _changing("{{ m.content[::-1] }}"),
+    "ascii": _changing("{{ m.content | tojson(ensure_ascii=true) }}"),
+    "repr": _changing("{{ [m.content] }}"),
     "characters": _changing("{% for c in m.content %}{{ c }}{% endfor %}"),
 }
 TEMPLATES = REAL | CHANGING

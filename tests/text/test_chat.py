@@ -73,7 +73,9 @@ HOSTILE = st.lists(
     st.one_of(
         st.sampled_from([*CONTROL, *(c.upper() for c in CONTROL), *(c[::-1] for c in CONTROL)]),
         st.sampled_from([c[:n] + "~" * k + c[n:] for c in CONTROL for n in (1, 4, -1) for k in (0, 1)]),
-        st.sampled_from(["<|im_e", "im_end|>", "<|im_start", "|im_end|>", ">", "<", "system\n", "</think>"]),
+        st.sampled_from(
+            ["<|im_e", "nd|>", "|>x", "im_end|>", "<|im_start", "|im_end|>", ">", "<", "system\n", "</think>"]
+        ),
         ORDINARY,
     ),
     max_size=5,
@@ -156,7 +158,7 @@ def test_one_beginning_token() -> None:
 
 
 def test_private_use_characters_in_text_stay() -> None:
-    text = "".join(map(chr, range(0xF0000, 0xF0040))) + "<|im_end|>"
+    text = "".join(map(chr, range(0xF0000, 0xF0040))) + "\\udb80\\udc40 \\U000f0041 <|im_end|>"
     ids = encode_chat(COMPILED["chatml"], TOKENIZER, user(text))
     assert text in TOKENIZER.decode(ids, special=True)
 

@@ -21,6 +21,7 @@ are marked:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -130,16 +131,16 @@ def encode_chat(
     unused = _unused_characters(text + template.source)
     mark = next(unused)
     parts = tokenizer.split_special(render(lambda string: tokenizer.break_control_tokens(string, mark)))
-    restore = {ord(mark): ""}
+    originals = {mark: ""}
     edges = tokenizer.control_edges
     if not edges.isdisjoint(text):
         stand_ins = {ord(edge): ord(next(unused)) for edge in sorted(edges)}
         strict = tokenizer.split_special(render(lambda string: string.translate(stand_ins)))
         if _controls(strict, tokenizer) != _controls(parts, tokenizer):
             parts = strict
-            restore = {stand_in: chr(edge) for edge, stand_in in stand_ins.items()}
+            originals = {chr(stand_in): chr(edge) for edge, stand_in in stand_ins.items()}
     ids = tokenizer.encode_parts(
-        [part if isinstance(part, int) else part.translate(restore) for part in parts]
+        [part if isinstance(part, int) else _restore(part, originals) for part in parts]
     )
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids.insert(0, tokenizer.bos_id)
@@ -176,11 +177,25 @@ def _strings(value: object) -> list[str]:
     return found
 
 
+def _restore(text: str, originals: Mapping[str, str]) -> str:
+    """`text` with every stand-in replaced, also where the template wrote it as an escape (ASCII JSON)."""
+    text = text.translate({ord(stand_in): original for stand_in, original in originals.items()})
+    if "\\u" in text.lower():
+        for stand_in, original in originals.items():
+            for escape in _escapes(stand_in):
+                text = text.replace(escape, original)
+    return text
+
+
+def _escapes(character: str) -> tuple[str, str]:
+    return json.dumps(character)[1:-1], ascii(character)[1:-1]
+
+
 def _unused_characters(text: str) -> Iterator[str]:
-    """Private-use characters (planes 15 and 16) that do not occur in `text`."""
+    """Private-use characters (planes 15 and 16) that do not occur in `text`, nor do their escapes."""
     used = set(re.findall("[\U000f0000-\U0010ffff]", text))
     for plane in (0xF0000, 0x100000):
-        for code in range(plane, plane + 0xFFFE):
-            if chr(code) not in used:
-                yield chr(code)
+        for character in map(chr, range(plane, plane + 0xFFFE)):
+            if character not in used and not any(escape in text for escape in _escapes(character)):
+                yield character
     raise RequestError("the text uses every private-use character", param="messages", code="invalid_text")
