@@ -41,6 +41,7 @@ MAX_TENSORS = 1 << 16
 MAX_ARRAY_ELEMENTS = 1 << 22
 """Array elements of one file in all. (The largest vocabularies known have 262,144 tokens.)"""
 MAX_ARRAY_DEPTH = 4
+MAX_NESTED_ARRAYS = 1 << 16
 MAX_DIMS = 4
 MAX_ALIGNMENT = 1 << 20
 
@@ -68,6 +69,7 @@ UNSUPPORTED_TYPES: dict[int, str] = {
 """Names of GGML tensor types that we know of and can't read, for the error message."""
 
 _FORMAT_OF_TYPE: dict[int, Format] = {f.ggml_type: f for f in FORMATS.values()}
+_UINT64 = struct.Struct("<Q")
 _FIRST_READ = 4 << 20
 _BULK_FROM = 256
 """Arrays of at least this many strings are tried in bulk."""
@@ -166,7 +168,7 @@ class _Header:
         self.limit = min(size, MAX_HEADER_BYTES)
         self.data = b""
         self.position = 0
-        self.elements = 0
+        self.elements = self.nested = 0
         self.alignment = DEFAULT_ALIGNMENT
         self.grow(min(_FIRST_READ, self.limit))
 
@@ -285,6 +287,9 @@ class _Header:
             return self.scalars(kind, length, key)
         smallest = {STRING: 8, ARRAY: 12}.get(kind, 1)
         self.need_room(length * smallest, f"the {length} elements of {key!r}")
+        self.nested += length if kind == ARRAY else 0
+        if self.nested > MAX_NESTED_ARRAYS:
+            raise self.error(f"{key!r} holds {self.nested} arrays; supported: at most {MAX_NESTED_ARRAYS}")
         if kind == STRING:
             return self.string_array(length, key)
         return [self.value(kind, key, depth) for _ in range(length)]
@@ -309,7 +314,28 @@ class _Header:
                 texts, used = found
                 self.position += used
                 return list[object](texts)
-        return [self.text(MAX_STRING_BYTES, f"element {i} of {key!r}") for i in range(length)]
+        return self.strings_one_by_one(length, key)
+
+    def strings_one_by_one(self, length: int, key: str) -> list[object]:
+        """What is not regular. A tight loop: a hostile file may take it millions of times."""
+        texts: list[object] = []
+        unpack = _UINT64.unpack_from
+        while len(texts) < length:
+            data, end = self.data, len(self.data) - 8
+            position = self.position
+            try:
+                while position <= end and len(texts) < length:
+                    stop = position + 8 + unpack(data, position)[0]
+                    if stop > end:
+                        break
+                    texts.append(data[position + 8 : stop].decode())
+                    position = stop
+            except UnicodeDecodeError:
+                pass
+            self.position = position
+            if len(texts) < length:  # near the end of what is read so far, or wrong: with all checks
+                texts.append(self.text(MAX_STRING_BYTES, f"element {len(texts)} of {key!r}"))
+        return texts
 
     # ------------------------------------------------------------ tensors
 
