@@ -13,23 +13,18 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hayai.backends.base import BLOCK_SIZE, SamplingRow, StepInput
+from hayai.bench.inprocess import WINDOW, LogitRunner
 from hayai.bench.peers import PeerFailure, Worker, find, read_specs
 from hayai.bench.prompts import PromptSource
-from hayai.config import EngineConfig
 from hayai.errors import ConfigError
-from hayai.load import LoadedModel, load_model
 
-WINDOW = 512
-CHUNK = 64
-"""Rows of logits per step: 64 x 49152 floats are 12 MB."""
 NEAR_TIE = 0.2
 """Logits. Twice the noise that int8 activations are known to carry; fixed before the measurement."""
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".tokens", ".tokens.gz", ".raw", ".utf8.gz")
@@ -69,8 +64,8 @@ def measure(
     *, source: str, isa: str | None = None,
 ) -> Accuracy:  # fmt: skip
     """Compare on the first `num_tokens` tokens of a text. ConfigError where the text is too short."""
-    ours = _load(model, "cpu", threads, isa)
-    reference = _load(model, "reference", threads, None)
+    ours = LogitRunner(model, "cpu", threads, isa)
+    reference = LogitRunner(model, "reference", threads)
     try:
         ids = token_ids(ours, text, num_tokens)
         windows = [ids[i : i + WINDOW] for i in range(0, len(ids) - 1, WINDOW)]
@@ -79,10 +74,10 @@ def measure(
         for number, window in enumerate(windows):
             say(f"window {number + 1} of {len(windows)}")
             parts.append(compare(ours, reference, window))
-        path = ours.path
+        path = ours.loaded.path
     finally:
-        ours.engine.close()
-        reference.engine.close()
+        ours.close()
+        reference.close()
     total = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     gaps = total["gap"]
     return Accuracy(
@@ -101,26 +96,12 @@ def measure(
     )
 
 
-def _load(model: str, backend: str, threads: int | None, isa: str | None) -> LoadedModel:
-    return load_model(
-        EngineConfig(
-            model=model,
-            backend=backend,
-            threads=threads,
-            isa=isa,
-            context_length=WINDOW,
-            max_sequences=CHUNK,
-            max_step_tokens=CHUNK,
-            kv_tokens=WINDOW,
-        )
-    )
-
-
-def token_ids(loaded: LoadedModel, text: str, count: int) -> list[int]:
+def token_ids(runner: LogitRunner, text: str, count: int) -> list[int]:
     """The first `count` ids of the text; ConfigError where there are fewer."""
-    if loaded.tokenizer is None:
-        raise ConfigError(f"{loaded.path.name} has no vocabulary, so a text can't be scored")
-    ids = list(loaded.tokenizer.encode(text, special=False))[:count]
+    tokenizer = runner.loaded.tokenizer
+    if tokenizer is None:
+        raise ConfigError(f"{runner.loaded.path.name} has no vocabulary, so a text can't be scored")
+    ids = list(tokenizer.encode(text, special=False))[:count]
     if len(ids) < count:
         raise ConfigError(f"the text has {len(ids)} tokens; {count} are needed")
     return ids
@@ -129,34 +110,13 @@ def token_ids(loaded: LoadedModel, text: str, count: int) -> list[int]:
 # ---------------------------------------------------------------- one window
 
 
-def window_logits(loaded: LoadedModel, window: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-    """Logits (<= CHUNK, vocab) of a window, chunk by chunk, from an empty cache."""
-    blocks = -(-WINDOW // BLOCK_SIZE)
-    tables = {name: np.arange(blocks, dtype=np.int32)[None] for name in loaded.engine.groups}
-    for start in range(0, len(window), CHUNK):
-        chunk = np.asarray(window[start : start + CHUNK], np.int32)
-        n = len(chunk)
-        step = StepInput(
-            token_ids=chunk,
-            positions=np.arange(start, start + n, dtype=np.int32),
-            query_start=np.array([0, n], np.int32),
-            block_tables=tables,
-            logit_rows=np.arange(n, dtype=np.int32),
-            sampling=(SamplingRow(),) * n,
-            want_logits=True,
-        )
-        logits = loaded.engine.runner.step(step).logits
-        assert logits is not None
-        yield logits
-
-
 def compare(
-    ours: LoadedModel, reference: LoadedModel, window: Sequence[int]
+    ours: LogitRunner, reference: LogitRunner, window: Sequence[int]
 ) -> dict[str, NDArray[np.float64]]:
     """Per predicted token of a window: KL, the reference's gap at another argmax (0 = same), noise, NLLs."""
     found: dict[str, list[NDArray[np.float64]]] = {}
     start = 0
-    pairs = zip(window_logits(ours, window), window_logits(reference, window), strict=True)
+    pairs = zip(ours.logits(window), reference.logits(window), strict=True)
     for got, wanted in pairs:
         targets = np.asarray(window[start + 1 : start + 1 + len(got)])
         for name, values in score(got[: len(targets)], wanted[: len(targets)], targets).items():

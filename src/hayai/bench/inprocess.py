@@ -1,7 +1,7 @@
 """Our own engine in this process, stepped directly, and the read bandwidth of this process.
 
-The only file of the bench that drives the engine without HTTP. It goes through `load_model`, as every
-front does, and then calls `Engine.step()` in a plain loop.
+The only file of the bench that drives the engine or a backend without HTTP. It goes through
+`load_model`, as every front does, and then calls `Engine.step()` in a plain loop.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hayai.backends.base import Runner, StepInput, StepOutput
+from hayai.backends.base import BLOCK_SIZE, Runner, SamplingRow, StepInput, StepOutput
 from hayai.bench.sides import Batched, Generated, Shape
 from hayai.config import EngineConfig
 from hayai.engine.request import EngineRequest, SamplingParams, TokenEvent
@@ -26,6 +26,9 @@ clock = time.perf_counter
 ROOFLINE_BYTES = 96 << 20
 """Size of the bandwidth test's buffer: the step of a small model, and larger than any L3 share we get."""
 ROOFLINE_PASSES = 7
+WINDOW = 512
+LOGIT_ROWS = 64
+"""Rows of logits per step: 64 x 49152 floats are 12 MB."""
 SPARE_TOKENS = 24
 """Room that a batched sequence keeps, so that none ends before the measured steps are over."""
 
@@ -159,6 +162,47 @@ def checked(event: TokenEvent, name: str | None = None) -> int:
     if event.error or event.token_id < 0 or (name is not None and event.request_id != name):
         raise RuntimeError(f"the engine gave {event} instead of a token")
     return event.token_id
+
+
+class LogitRunner:
+    """Teacher-forced logits of a backend, window by window, by calling its runner directly."""
+
+    def __init__(self, model: str, backend: str, threads: int | None, isa: str | None = None) -> None:
+        self.loaded: LoadedModel = load_model(
+            EngineConfig(
+                model=model,
+                backend=backend,
+                threads=threads,
+                isa=isa,
+                context_length=WINDOW,
+                max_sequences=LOGIT_ROWS,
+                max_step_tokens=LOGIT_ROWS,
+                kv_tokens=WINDOW,
+            )
+        )
+
+    def logits(self, window: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Logits (at most LOGIT_ROWS, vocab) of a window of at most WINDOW tokens, from an empty cache."""
+        engine = self.loaded.engine
+        blocks = np.arange(-(-WINDOW // BLOCK_SIZE), dtype=np.int32)[None]
+        for start in range(0, len(window), LOGIT_ROWS):
+            chunk = np.asarray(window[start : start + LOGIT_ROWS], np.int32)
+            n = len(chunk)
+            step = StepInput(
+                token_ids=chunk,
+                positions=np.arange(start, start + n, dtype=np.int32),
+                query_start=np.array([0, n], np.int32),
+                block_tables=dict.fromkeys(engine.groups, blocks),
+                logit_rows=np.arange(n, dtype=np.int32),
+                sampling=(SamplingRow(),) * n,
+                want_logits=True,
+            )
+            found = engine.runner.step(step).logits
+            assert found is not None
+            yield found
+
+    def close(self) -> None:
+        self.loaded.engine.close()
 
 
 def measure_roofline(threads: Sequence[int]) -> Roofline | None:

@@ -198,16 +198,17 @@ class Worker(Pausable):
         return reply
 
     def close(self) -> None:
+        """End the process; twice is once."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.resume()
+        with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired, ValueError):
+            self.process.stdin.write('{"op": "exit"}\n')
+            self.process.stdin.flush()
+            self.process.wait(10.0)
         with contextlib.suppress(BrokenPipeError):
-            if self.process.poll() is None:
-                self.resume()
-                assert self.process.stdin is not None
-                self.process.stdin.write('{"op": "exit"}\n')
-                self.process.stdin.close()
-                self.process.wait(10.0)
+            self.process.stdin.close()
         self.terminate()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        self.process.stdout.close()
         self._log.close()
 
 
