@@ -51,11 +51,11 @@ def http(server: ServerProcess) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def inner_server(chat_model: Path) -> Iterator[Callable[..., InnerServer]]:
-    """Call it with ServerConfig fields."""
+    """Call it with ServerConfig fields, and with a model where it is not the tiny one."""
     stops: list[Callable[[], None]] = []
 
-    def start(**options: int) -> InnerServer:
-        frontend = Frontend(load_model(EngineConfig(model=str(chat_model), backend="reference")))
+    def start(model: Path = chat_model, **options: int) -> InnerServer:
+        frontend = Frontend(load_model(EngineConfig(model=str(model), backend="reference")))
         config = ServerConfig(port=0, **options)
         sock = bind(config)
         ready = threading.Event()

@@ -7,13 +7,19 @@ import contextlib
 import json
 import re
 import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+import tiny_models
 from chat_model import CONTEXT
 from hayai.config import ServerConfig
+from hayai.weights.gguf_writer import llama_metadata, random_llama, write_gguf
+from server_process import InnerServer
 
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
@@ -288,3 +294,20 @@ def test_health_answers_while_a_long_prompt_runs(http: httpx.Client) -> None:
 
     waits = asyncio.run(both())
     assert len(waits) >= 3 and max(waits) < 1.0
+
+
+def test_a_model_without_a_vocabulary_serves_token_ids(
+    inner_server: Callable[..., InnerServer], tmp_path: Path
+) -> None:
+    config = replace(tiny_models.LLAMA, context_length=64)
+    path = write_gguf(tmp_path / "bare.gguf", llama_metadata(config), random_llama(config))
+    with httpx.Client(base_url=inner_server(model=path).url, timeout=30) as http:
+        body = {"prompt": [1, 2, 3], "max_tokens": 4, "logprobs": 1}
+        reply = http.post(COMPLETION, json=body).json()
+        assert reply["usage"]["completion_tokens"] == 4 and reply["choices"][0]["text"] == ""
+        assert len(reply["choices"][0]["logprobs"]["token_logprobs"]) == 4
+        for path_, field, value in ((COMPLETION, "prompt", "text"), (CHAT, "messages", HELLO)):
+            error = error_of(http.post(path_, json={field: value}))
+            assert error["code"] == "no_vocabulary" and error["param"] == field
+        error = error_of(http.post(COMPLETION, json={"prompt": [1], "stop": "x"}))
+        assert error["param"] == "stop"

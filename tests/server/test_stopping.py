@@ -79,6 +79,8 @@ def test_a_full_server_says_so(inner_server: StartServer) -> None:
         reply = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=20)
         assert reply.status_code == 503 and reply.headers["retry-after"] == "1"
         assert reply.json()["error"]["code"] == "overloaded"
+        reply = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "n": 3}, timeout=20)
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == "n"
     assert wait_until(lambda: not engine.has_work, 1.0)
     assert wait_until(
         lambda: httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}).status_code == 200

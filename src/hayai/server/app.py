@@ -33,7 +33,7 @@ from hayai.server.openai import (
     parse_chat,
     parse_completion,
 )
-from hayai.server.replies import REPLIES, no_bytes
+from hayai.server.replies import REPLIES, token_bytes_of
 
 DEFAULT_NAME = "default"
 """Every server answers to this model name, beside the name of its file."""
@@ -84,8 +84,7 @@ class _Routes:
         self.config = config
         self.gate = gate
         self.started = int(time.time())
-        tokenizer = frontend.tokenizer
-        self.token_bytes = no_bytes if tokenizer is None else tokenizer.token_bytes
+        self.token_bytes = token_bytes_of(frontend)
         self.fingerprint = f"hayai-{hayai.__version__}"
 
     async def health(self, request: Request) -> Response:

@@ -39,9 +39,13 @@ class Gate:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def check(self, num_choices: int) -> None:
-        """ApiError 503 where `num_choices` more would pass the limit, or the server is closing."""
+        """ApiError 503 where `num_choices` more would pass the limit, or the server is closing; 400 where
+        they would pass it on an idle server too."""
         if self.closing:
             raise _shutting_down()
+        if num_choices > self.max_choices:
+            message = f"{num_choices} choices in one request; this server takes at most {self.max_choices}"
+            raise ApiError(400, message, param="n", code="invalid_value")
         if self.num_choices + num_choices > self.max_choices:
             raise ApiError(
                 503,

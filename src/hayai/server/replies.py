@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from hayai.engine.request import Logprob, RequestTiming
-from hayai.frontend import TextChunk, Usage
+from hayai.frontend import Frontend, TextChunk, Usage
 from hayai.server.openai import Job
 
 TokenBytes = Callable[[int], bytes]
@@ -23,9 +23,16 @@ LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks; the API's own value."""
 
 
-def no_bytes(token_id: int) -> bytes:
-    """`TokenBytes` of a model without a vocabulary."""
-    return b""
+def token_bytes_of(frontend: Frontend) -> TokenBytes:
+    """How log-probabilities name tokens; b"" for one that the vocabulary lacks (a model may have more rows
+    than its vocabulary has tokens, or no vocabulary at all)."""
+    tokenizer = frontend.tokenizer
+    vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
+
+    def token_bytes(token_id: int) -> bytes:
+        return b"" if tokenizer is None or token_id >= vocab_size else tokenizer.token_bytes(token_id)
+
+    return token_bytes
 
 
 @dataclass
