@@ -187,6 +187,23 @@ void Executor::exact_rows(int thread, const Phase &p, int i, const int64_t *rows
   k_.head_rows(p.head->planes, rows, n, s.q, s.scale, s.offset, y);
 }
 
+// Rows of [begin, end) whose bound reaches the threshold. Few do, so whole runs are ruled out at once.
+static void collect_candidates(const float *bound, int64_t begin, int64_t end, float threshold,
+                               std::vector<int64_t> &found) {
+  constexpr int64_t kRun = 64;
+  found.clear();
+  for (int64_t at = begin; at < end; at += kRun) {
+    const int64_t stop = std::min(end, at + kRun);
+    int any = 0;
+    for (int64_t row = at; row < stop; row++)
+      any |= bound[row] >= threshold;
+    if (any)
+      for (int64_t row = at; row < stop; row++)
+        if (bound[row] >= threshold)
+          found.push_back(row);
+  }
+}
+
 // Each thread goes through its share of the vocabulary and scores what may still win. The threshold rises
 // as it goes.
 void Executor::rescore(int thread, const Phase &p) {
@@ -200,9 +217,7 @@ void Executor::rescore(int thread, const Phase &p) {
     for (int t = 0; t < active_; t++)
       threshold = std::max(threshold, head_rows_[size_t(t) * size_t(max_rows_) + i].first_exact);
     const float *bound = bounds_ + int64_t(i) * padded_vocab_;
-    s.candidates.clear();
-    for (int64_t row = begin; row < end; row++)
-      if (bound[row] >= threshold) s.candidates.push_back(row);
+    collect_candidates(bound, begin, end, threshold, s.candidates);
     constexpr size_t kBatch = 16;
     int64_t batch[kBatch];
     float y[kBatch];

@@ -131,7 +131,7 @@ void Executor::epilogue(const Phase &p, int token, int64_t first_group, int64_t 
 // Groups alternate gate, up. The result is quantised at once where only a linear reads it: a chunk covers
 // whole blocks of 32. y null: a missing token of the last tile, stored as zero.
 void Executor::epilogue_glu(const Phase &p, int token, int64_t first_group, int64_t groups, float *y) {
-  alignas(64) float values[kMaxGluChunk] = {};
+  alignas(64) float values[kMaxGluChunk];
   const int64_t row = first_group / 2 * k_.group_rows;
   const int64_t n = std::min(groups / 2 * k_.group_rows, p.out.width - row);
   if (y) k_.glu_groups(p.act, y, groups / 2, values);

@@ -316,6 +316,7 @@ class ProgramBuilder:
         weight, offset, eps = self._norm(norm)
         fields: Fields = {"norm": weight, "norm_offset": offset, "norm_eps": eps}
         if self._quantised == source:
+            self._quantised = None  # the next layer's buffer of this name may lie in plain floats
             return {**fields, "x": -1, "quantised": True}
         fields["x"] = self.buffer(source)
         if source in self._attention:
