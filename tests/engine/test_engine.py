@@ -89,6 +89,17 @@ def test_preemption_gives_the_same_tokens(groups: tuple[CacheGroup, ...]) -> Non
     assert finished[0] == "a", "the oldest is never preempted"
 
 
+def test_a_preempted_sequence_comes_back_before_later_ones() -> None:
+    engine, _ = make_engine(num_blocks=12, max_sequences=2)
+    for i, name in enumerate("abcd"):
+        engine.add(request(name, prompt(20, 10 + 60 * i), max_tokens=110))
+    while not engine.stats().num_preemptions:
+        engine.step()
+    assert [s.request_id for s in engine.scheduler.waiting] == list("bcd")
+    finished = [e.request_id for e in drain(engine) if e.finish_reason]
+    assert finished == list("abcd")
+
+
 def test_preemption_does_not_thrash() -> None:
     """A preempted sequence comes back only with headroom, not to be thrown out every few steps."""
     engine, runner = make_engine(num_blocks=10, max_context=160)
