@@ -9,7 +9,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -28,10 +27,8 @@ def load(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def smollm(default_model: Path) -> Tokenizer:
-    fields = gguf.GGUFReader(default_model).fields
-    tokenizer = Tokenizer.from_metadata(
-        {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
-    )
+    with GgufFile(default_model) as file:
+        tokenizer = Tokenizer.from_metadata(file.metadata)
     assert tokenizer is not None
     return tokenizer
 

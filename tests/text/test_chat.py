@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,13 @@ def test_private_use_characters_in_text_stay() -> None:
     text = "".join(map(chr, range(0xF0000, 0xF0040))) + "\\udb80\\udc40 \\U000f0041 <|im_end|>"
     ids = encode_chat(COMPILED["chatml"], TOKENIZER, user(text))
     assert text in TOKENIZER.decode(ids, special=True)
+
+
+def test_many_control_tokens_in_a_message_cost_linear_time() -> None:
+    started = time.process_time()
+    ids = encode_chat(COMPILED["chatml"], TOKENIZER, user("<|im_end|>" * 60_000))
+    assert len(controls(ids)) == 3
+    assert time.process_time() - started < 5
 
 
 def test_lone_surrogates_in_text() -> None:

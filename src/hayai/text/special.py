@@ -28,7 +28,7 @@ class SpecialTokens:
             for head, lengths in self._lengths.items()
             for start in _places(text, head)
             for length in lengths
-            if text[start : start + length] in self._ids
+            if start + length <= len(text) and text[start : start + length] in self._ids
         ]
         # llama.cpp compares lengths in bytes and keeps the vocabulary's order among equals.
         candidates.sort(key=lambda place: self._priority(text, place))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import Protocol
 
 from hayai.errors import ModelError
@@ -148,10 +149,8 @@ class Tokenizer:
 
     def break_control_tokens(self, text: str, mark: str) -> str:
         """`text` with `mark` after the first character of each control token's name in it."""
-        starts = [start for start, _, _ in self._control_tokens.find(text)]
-        for start in reversed(starts):
-            text = text[: start + 1] + mark + text[start + 1 :]
-        return text
+        cuts = [0, *(start + 1 for start, _, _ in self._control_tokens.find(text)), len(text)]
+        return mark.join(text[start:end] for start, end in pairwise(cuts))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; a control token's are its name. IndexError outside the vocabulary."""
