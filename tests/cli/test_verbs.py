@@ -26,6 +26,8 @@ def test_help_and_version(hayai: Hayai) -> None:
     top = hayai("--help")
     assert top.returncode == 0 and top.stderr == ""
     assert all(re.search(rf"^  {verb} +\S", top.stdout, re.MULTILINE) for verb in VERBS)
+    bare = hayai()
+    assert (bare.returncode, bare.stdout, bare.stderr) == (2, "", top.stdout)
     assert hayai("--version").stdout == f"hayai {package.__version__}\n"
 
 
@@ -114,6 +116,14 @@ def test_run_ends_quietly_when_its_reader_leaves(chat_model: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(20) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(chat_model: Path) -> None:
+    command = [*COMMAND, "run", "-m", str(chat_model), *REFERENCE, "-n", "2", "x"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1 and re.fullmatch(r"error: .*No space left on device\n", done.stderr)
 
 
 def test_ctrl_c_ends_run_with_130(chat_model: Path) -> None:

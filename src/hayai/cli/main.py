@@ -65,6 +65,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except HayaiError as error:
         print_error(str(error))
         code = 1
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = error.exit_code
     except click.ClickException as error:
         hint = None
         if isinstance(error, click.UsageError) and error.ctx is not None:
@@ -73,8 +76,10 @@ def main(args: Sequence[str] | None = None) -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:
-        # whoever read our output is gone; the interpreter must not fail on its last flush
+    except OSError as error:  # of writing what we print: the disk is full, or the reader is gone
+        if not isinstance(error, BrokenPipeError):
+            print_error(str(error))
+        # the interpreter must not fail on its last flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
