@@ -17,6 +17,7 @@ from synthetic import PRE_NAMES, bpe_metadata, spm_metadata
 
 from hayai.text.pretokenizers import PRE_TOKENIZERS
 from hayai.text.tokenizer import Tokenizer
+from hayai.weights.gguf_reader import GgufFile
 
 
 def load(name: str) -> dict[str, Any]:
