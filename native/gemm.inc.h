@@ -6,8 +6,9 @@
 // One lane belongs to one row, so no sum ever crosses lanes and a tile of any shape gives the bits
 // of gemv.
 
-// Measured on two machines: 1024-2048 bytes ahead are level, 4096 is worse, no prefetch much worse.
-constexpr size_t kPrefetchDistance = 1536;
+// How far ahead a stream of weights is prefetched (kPrefetchDistance) is each table's own. Float tiles read
+// several groups at once and use less, or the streams would push each other out of L1.
+constexpr size_t kFloatPrefetch = 1536;
 constexpr int kRowChunk = 4, kTileChunk = 16; // CHUNK of ActRow and of ActBatch
 
 template <int LAYOUT> struct BlockOf {
@@ -141,7 +142,7 @@ static void float_tile(const uint8_t *w, size_t bytes, int64_t cols, const float
     V weights[GROUPS];
     UNROLL for (int g = 0; g < GROUPS; g++) {
       const uint8_t *at = w + size_t(g) * bytes;
-      if (T == 1) prefetch(at + kPrefetchDistance);
+      if (T == 1) prefetch(at + kFloatPrefetch);
       weights[g] = load_weights<LAYOUT>(at);
     }
     UNROLL for (int t = 0; t < T; t++) {

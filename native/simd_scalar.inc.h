@@ -151,6 +151,7 @@ INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *, int6
   }
 }
 
+constexpr size_t kPrefetchDistance = 1536;
 constexpr int kMaxTileTokens = 4; // tokens per integer tile
 constexpr int kFloatGroups = 2, kFloatTokens = 3;
 constexpr int kScoreRows = 2, kScorePages = 1; // attention register blocks

@@ -128,8 +128,8 @@ class Bench:
                     first = context - tokens + at
                     last = (first + step - 1) // 64 + 1
                     self.kernels.attend(
-                        part, step, heads, dim, dim, first, 0, 0, last, pages[t, layer], table, dim**-0.5, 0.0,
-                        *outs[t],
+                        part, step, heads, dim, dim, first, 0, 0, last, pages[t, layer], table, dim**-0.5,
+                        0.0, *outs[t],
                     )  # fmt: skip
 
         seconds = best_seconds(self.pool, self.threads, work)
@@ -138,41 +138,37 @@ class Bench:
         return self.threads * layers * context * 4 * dim / seconds / 1e9, macs / seconds / 1e9
 
 
+def products(bench: Bench, name: str, kinds: tuple[str, ...]) -> None:
+    for rows, cols in MATRICES:
+        copies = max(1, int(90e6 / (group_bytes(LAYOUTS[name], 1, cols) * rows)))
+        what = f"  {name:5} {rows}x{cols}"
+        if "gemv" in kinds:
+            cold, hot = bench.gemm(name, 1, rows, cols, copies, 1), bench.gemm(name, 1, rows, cols, 1, 200)
+            print(f"{what} gemv {cold[0]:6.1f} GB/s from memory {hot[1]:7.1f} GMAC/s in cache")
+        for tokens in (2, 3, 4, 8, 16, 64, 256) if "gemm" in kinds else ():
+            cold = bench.gemm(name, tokens, rows, cols, max(1, copies // (1 + tokens // 16)), 1)
+            hot = bench.gemm(name, tokens, rows, cols, 1, max(1, 200 // tokens))
+            print(f"{what} M={tokens:3} {cold[1]:6.1f} GMAC/s from memory {hot[1]:7.1f} in cache")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--isa", choices=sorted(KERNELS), action="append")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layouts", default="q4_1,q4_0,q8_0,f16,f32")
-    parser.add_argument("--only", choices=["gemv", "gemm", "attention"])
+    parser.add_argument("--only", choices=["gemv", "gemm", "attention"], action="append")
     args = parser.parse_args()
+    kinds = tuple(args.only or ("gemv", "gemm", "attention"))
     for isa in args.isa or [isa for isa in KERNELS if isa != "scalar"]:
         bench = Bench(isa, args.threads)
         print(f"{isa}, {args.threads} threads")
         bench.read(98)
         for name in args.layouts.split(","):
-            for rows, cols in MATRICES:
-                size = group_bytes(LAYOUTS[name], 1, cols) * rows
-                copies = max(1, int(90e6 / size))
-                if args.only in (None, "gemv"):
-                    cold, hot = (
-                        bench.gemm(name, 1, rows, cols, copies, 1),
-                        bench.gemm(name, 1, rows, cols, 1, 200),
-                    )
-                    print(
-                        f"  {name:5} {rows}x{cols} gemv  {cold[0]:6.1f} GB/s from memory {hot[1]:7.1f} GMAC/s in cache"
-                    )
-                for tokens in (2, 3, 4, 8, 16, 64, 256) if args.only in (None, "gemm") else ():
-                    cold = bench.gemm(name, tokens, rows, cols, max(1, copies // (1 + tokens // 16)), 1)
-                    hot = bench.gemm(name, tokens, rows, cols, 1, max(1, 200 // tokens))
-                    print(
-                        f"  {name:5} {rows}x{cols} M={tokens:3}  {cold[1]:6.1f} GMAC/s from memory {hot[1]:7.1f} in cache"
-                    )
-        if args.only in (None, "attention"):
+            products(bench, name, kinds)
+        if "attention" in kinds:
             for tokens, context in ((1, 256), (1, 1024), (1, 4096), (16, 512), (512, 512)):
                 gbs, gmacs = bench.attention(tokens, context, 3, 64)
-                print(
-                    f"  attention tokens={tokens} context={context}: {gbs:.1f} GB/s of cache, {gmacs:.1f} GMAC/s"
-                )
+                print(f"  attention tokens={tokens} context={context}: {gbs:.1f} GB/s, {gmacs:.1f} GMAC/s")
         bench.read(98)
 
 
