@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -19,6 +19,10 @@ from hayai.errors import ModelError, RequestError
 from hayai.text.chat import ChatTemplate, encode_chat
 from hayai.text.tokenizer import Tokenizer
 from hayai.weights.gguf_reader import GgufFile
+
+RELAXED = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # a busy machine is no failure
 
 CONTROL = (
     "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>",
@@ -88,6 +92,7 @@ def contains_control(text: str) -> bool:
 
 
 @pytest.mark.parametrize("name", REAL)
+@RELAXED
 @given(st.lists(ORDINARY.filter(lambda text: not contains_control(text)), min_size=1, max_size=3))
 def test_ordinary_text_has_the_ids_of_the_rendered_prompt(name: str, contents: list[str]) -> None:
     roles = ("user", "assistant")
@@ -97,6 +102,7 @@ def test_ordinary_text_has_the_ids_of_the_rendered_prompt(name: str, contents: l
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@RELAXED
 @given(HOSTILE, HOSTILE)
 def test_no_control_token_comes_from_a_message(name: str, content: str, author: str) -> None:
     template = COMPILED[name]
@@ -105,6 +111,7 @@ def test_no_control_token_comes_from_a_message(name: str, content: str, author: 
     assert TOKENIZER.decode(ids, special=True) == template.render(user(content, name=author))
 
 
+@RELAXED
 @given(HOSTILE)
 def test_no_control_token_comes_from_tools_or_calls(text: str) -> None:
     def request(value: str) -> tuple[list[dict[str, Any]], list[Any]]:

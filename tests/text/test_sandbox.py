@@ -93,7 +93,7 @@ def test_hostile_template_is_refused(name: str) -> None:
     finally:
         tracemalloc.stop()
     assert caught.value.code == "chat_template_error"
-    assert time.monotonic() - started < 10  # two seconds of budget, and a tracer on a busy machine
+    assert time.monotonic() - started < 30  # two seconds of budget, and a tracer on a busy machine
     assert peak < 128 << 20
 
 

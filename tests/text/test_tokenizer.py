@@ -6,12 +6,16 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hayai.errors import ModelError
 from hayai.text.special import SpecialTokens
 from hayai.text.tokenizer import Tokenizer
+
+RELAXED = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # a busy machine is no failure
 
 KEY = "tokenizer.ggml."
 LETTERS = [chr(byte) for byte in range(0x21, 0x7F)] + ["Ġ", "Ċ"]
@@ -130,6 +134,7 @@ def test_lone_surrogates_are_replacement_characters(text: str, same_as: str) -> 
         assert tokenizer.encode(text, special=True) == tokenizer.encode(same_as, special=True)
 
 
+@RELAXED
 @given(st.text(st.characters(codec=None)))
 def test_any_string_is_encoded_without_control_tokens(text: str) -> None:
     for tokenizer in (BPE, SPM):
@@ -141,6 +146,7 @@ def test_any_string_is_encoded_without_control_tokens(text: str) -> None:
 BPE, SPM = build(bpe()), build(spm())
 
 
+@RELAXED
 @given(
     st.text("ab<|>s", max_size=30), st.sets(st.text("ab<|>s", min_size=1, max_size=5), min_size=1, max_size=6)
 )
@@ -232,6 +238,7 @@ SCALARS = st.sampled_from(
 VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=8), st.just({"a": 1}))
 
 
+@RELAXED
 @given(st.sampled_from((bpe(), spm())), st.data())
 def test_any_metadata_gives_a_tokenizer_or_a_model_error(
     metadata: dict[str, Any], data: st.DataObject
@@ -254,7 +261,7 @@ def test_cost_is_linear(text: str) -> None:
     for tokenizer in (BPE, SPM):
         seconds = []
         for count in (20_000, 200_000):
-            started = time.perf_counter()
+            started = time.process_time()
             tokenizer.encode(text * (count // len(text)), special=True, bos=False)
-            seconds.append(time.perf_counter() - started)
-        assert seconds[1] < 40 * seconds[0] + 0.2
+            seconds.append(time.process_time() - started)
+        assert seconds[1] < 40 * seconds[0] + 0.5
