@@ -137,8 +137,8 @@ INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *sum, i
   }
 }
 
-// Bytes. Share of a pure read on two Zen 5 cores, from L3 and from memory: 1536 gives 0.70 and 0.87, 4096 gives
-// 0.80 and 0.97, 8192 gives 0.90 and 0.96; 32768 falls to 0.83 from L3.
+// Bytes. Share of a pure read on two Zen 5 cores, from L3 and from memory: 1536 gives 0.70 and 0.87, 4096
+// gives 0.80 and 0.97, 8192 gives 0.90 and 0.96; 32768 falls to 0.83 from L3.
 constexpr size_t kPrefetchDistance = 8192;
 constexpr int kMaxTileTokens = 8; // tokens per integer tile
 constexpr int kFloatGroups = 4, kFloatTokens = 6;
