@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from hayai.engine.request import EngineRequest, Logprob, RequestTiming, SamplingParams, TokenEvent
@@ -280,12 +280,11 @@ class Frontend:
     def _next(self, events: SimpleQueue[TokenEvent]) -> TokenEvent:
         """The next event; without an engine thread, by running steps here until there is one."""
         while True:
+            if not events.empty():
+                return events.get()  # this caller is the only one that takes from it
             if self.service.threaded:
                 return events.get()
-            try:
-                return events.get_nowait()
-            except Empty:
-                self.service.pump()
+            self.service.pump()
 
 
 def _shut_down(service: EngineService) -> None:

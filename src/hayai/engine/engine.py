@@ -7,14 +7,14 @@ sampling parameters; text, files and threads are other rooms.
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from time import monotonic, perf_counter
 
 from hayai.backends.base import Limits, Runner, StepOutput
 from hayai.engine.kv_cache import KvCache
-from hayai.engine.request import EngineRequest, Logprob, TokenEvent
+from hayai.engine.request import EngineRequest, Logprob, RequestTiming, TokenEvent
 from hayai.engine.scheduler import Batch, Scheduler
 from hayai.engine.sequence import Sequence
 from hayai.engine.step_builder import StepBuilder
@@ -138,7 +138,7 @@ class Engine:
             self._draw_seed() if seed is None else seed,
             self.end_ids,
             self.max_length,
-            time.monotonic() if arrived is None else arrived,
+            monotonic() if arrived is None else arrived,
         )
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
@@ -183,30 +183,28 @@ class Engine:
         if self.cache.has_copies:
             for group, sources, targets in self.cache.take_copies():
                 self.runner.copy_blocks(group, sources, targets)
-        began = time.perf_counter()
+        began = perf_counter()
         output = self.runner.step(batch.step)
-        self._step_seconds += time.perf_counter() - began
+        self._step_seconds += perf_counter() - began
         return self._commit(batch, output)
 
     def _commit(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Record computed tokens and new ones; finish what is finished."""
         events = self._take_pending() if self._pending else []
-        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
-            sequence.num_computed += count
+        if batch.decode_only:
+            for sequence in batch.sequences:
+                sequence.num_computed += 1
+        else:
+            for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+                sequence.num_computed += count
         samplers = batch.samplers
-        for row, (sequence, token) in enumerate(zip(samplers, output.tokens.tolist(), strict=True)):
-            tokens = sequence.tokens
-            tokens.append(token)
-            if sequence.history is not None:
-                sequence.history.add(token)
-            logprob = None if sequence.row.num_logprobs < 0 else _logprob(output, row, token)
-            timing = None
-            if not sequence.first_token:
-                sequence.first_token = time.monotonic()
-                timing = sequence.timing()
+        for row, token in enumerate(output.tokens.tolist()):
+            sequence = samplers[row]
+            sequence.tokens.append(token)
+            logprob, timing = (None, None) if sequence.plain else _note(sequence, token, output, row)
             if token in sequence.stop_ids:
                 events.append(self._finish(sequence, token, "stop", logprob))
-            elif len(tokens) >= sequence.max_length:
+            elif len(sequence.tokens) >= sequence.max_length:
                 events.append(self._finish(sequence, token, "length", logprob))
             else:
                 events.append(TokenEvent(sequence.request_id, token, None, logprob, None, timing))
@@ -269,9 +267,21 @@ class Engine:
         self.runner.close()
 
 
-def _logprob(output: StepOutput, row: int, token: int) -> Logprob:
-    top: tuple[tuple[int, float], ...] = ()
-    if row < len(output.top_ids):
-        ids, values = output.top_ids[row].tolist(), output.top_logprobs[row].tolist()
-        top = tuple(zip(ids, values, strict=True))
-    return Logprob(token, float(output.logprobs[row]), top)
+def _note(
+    sequence: Sequence, token: int, output: StepOutput, row: int
+) -> tuple[Logprob | None, RequestTiming | None]:
+    """What only some tokens need: penalty counts, log-probabilities, the time of the first token."""
+    if sequence.history is not None:
+        sequence.history.add(token)
+    logprob = None
+    if sequence.row.num_logprobs >= 0:
+        top: tuple[tuple[int, float], ...] = ()
+        if row < len(output.top_ids):
+            ids, values = output.top_ids[row].tolist(), output.top_logprobs[row].tolist()
+            top = tuple(zip(ids, values, strict=True))
+        logprob = Logprob(token, float(output.logprobs[row]), top)
+    if sequence.first_token:
+        return logprob, None
+    sequence.first_token = monotonic()
+    sequence.plain = sequence.history is None and sequence.row.num_logprobs < 0
+    return logprob, sequence.timing()

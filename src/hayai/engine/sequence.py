@@ -51,6 +51,7 @@ class Sequence:
     tokens: prompt and output. The first `num_computed` of them have their keys and values in the cache; a
     step runs tokens from there on, and asks for a new one when it reaches the last. Preemption sets
     `num_computed` back to 0 and loses nothing else, so prompt, decode and recomputation are one case.
+    plain: its tokens need nothing but to be passed on (set with the first one, which needs its time taken).
     max_length: prompt and output together. blocks: None while the sequence waits.
     """
 
@@ -63,6 +64,7 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_prompt",
+        "plain",
         "request_id",
         "row",
         "scheduled",
@@ -85,6 +87,7 @@ class Sequence:
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
         wanted = max_length if params.max_tokens is None else self.num_prompt + params.max_tokens
         self.max_length = min(max_length, wanted)
+        self.plain = False
         self.arrived = arrived
         self.scheduled = 0.0
         self.first_token = 0.0
