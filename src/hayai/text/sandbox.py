@@ -27,7 +27,7 @@ from jinja2.filters import FILTERS
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
-from jinja2.utils import Namespace, _PassArg, pass_context
+from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 from hayai.text.budget import MAX_INT_BITS, MAX_TEXT, Budget, LimitError, weigh
@@ -63,7 +63,7 @@ def _budget(context: Context) -> Budget:
 
 def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter whose arguments and result are within the budget."""
-    kind = _PassArg.from_obj(function)
+    wants = getattr(getattr(function, "jinja_pass_arg", None), "name", None)  # what jinja2 passes first
 
     @pass_context
     def run(context: Context, *args: Any, **kwargs: Any) -> Any:
@@ -71,11 +71,11 @@ def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
         for value in args:
             if isinstance(value, Namespace):
                 raise LimitError("a namespace can't be filtered")
-        if kind is _PassArg.context:
+        if wants == "context":
             result = function(context, *args, **kwargs)
-        elif kind is _PassArg.eval_context:
+        elif wants == "eval_context":
             result = function(context.eval_ctx, *args, **kwargs)
-        elif kind is _PassArg.environment:
+        elif wants == "environment":
             result = function(context.environment, *args, **kwargs)
         else:
             result = function(*args, **kwargs)
