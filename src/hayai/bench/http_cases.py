@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from hayai.bench.cases import DECODE_PROMPT, Outcome
-from hayai.bench.peers import PeerFailure, PeerSpec, Variant, server_binary
+from hayai.bench.peers import Installation, PeerFailure, PeerSpec, Variant, server_binary
 from hayai.bench.servers import Server, Streamed, start_hayai, start_llama
 from hayai.bench.session import Session
 from hayai.bench.sides import Trial
@@ -57,24 +57,27 @@ def reported(session: Session, what: str) -> Iterator[None]:
 
 
 def best_server(session: Session, spec: PeerSpec, file: str, context: int) -> Server:
-    """Start every variant, ask a few long prompts, keep the fastest one running."""
+    """Start every variant, ask a few long prompts, keep the fastest one running; later calls start it again."""
+    if file in session.server_choices:
+        binary, variant = session.server_choices[file]
+        return start_variant(session, spec, binary, variant, file, context)
     best: tuple[float, Server] | None = None
     for installation in session.installations[spec.name]:
         binary = server_binary(installation)
         for variant in spec.variants:
             server = start_variant(session, spec, binary, variant, file, context)
-            server.facts = f"{spec.package} {installation.version}, {variant.name}"
             try:
                 score = probe(session, server)
             except PeerFailure as error:
                 server.close()
-                note_trial(session, server, installation.python, variant, None, str(error))
+                note_trial(session, server, installation, variant, None, str(error))
                 continue
-            note_trial(session, server, installation.python, variant, score, "")
+            note_trial(session, server, installation, variant, score, "")
             if best is None or score > best[0]:
                 if best is not None:
                     best[1].close()
                 best = (score, server)
+                session.server_choices[file] = (binary, variant)
             else:
                 server.close()
     if best is None:
@@ -92,7 +95,9 @@ def start_variant(
     }
     arguments = [*spec.arguments, *variant.arguments]
     log = session.logs / "llama-server.log"
-    return start_llama(f"{spec.name} {file}", file, binary, arguments, places, log)
+    server = start_llama(f"{spec.name} {file}", file, binary, arguments, places, log)
+    server.facts = f"{spec.package}, {variant.name}"
+    return server
 
 
 def probe(session: Session, server: Server) -> float:
@@ -104,10 +109,11 @@ def probe(session: Session, server: Server) -> float:
 
 
 def note_trial(
-    session: Session, server: Server, python: str, variant: Variant, score: float | None, error: str
+    session: Session, server: Server, found: Installation, variant: Variant, score: float | None, error: str
 ) -> None:
-    version = server.facts.split(",")[0].split()[-1]
-    session.trials.append(Trial(server.label, "ttft-http", python, version, variant.name, score, error))
+    session.trials.append(
+        Trial(server.label, "ttft-http", found.python, found.version, variant.name, score, error)
+    )
     shown = f"failed: {error}" if score is None else f"{score:.0f} tok/s of prompt"
     session.say(f"  {server.label}, {variant.name}: {shown}")
 

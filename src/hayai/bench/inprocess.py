@@ -29,6 +29,7 @@ ROOFLINE_PASSES = 7
 WINDOW = 512
 LOGIT_ROWS = 64
 """Rows of logits per step: 64 x 49152 floats are 12 MB."""
+STEP_FIGURES = ("survivors", "threads", "late_barriers")
 SPARE_TOKENS = 24
 """Room that a batched sequence keeps, so that none ends before the measured steps are over."""
 
@@ -41,13 +42,14 @@ class Roofline:
 
 
 class RecordingRunner:
-    """A runner that keeps how many rows the screened head rescored in each step (`survivors`)."""
+    """A runner that keeps the native figures of each step: `survivors` (head rows scored exactly), `threads`
+    used, `late_barriers`."""
 
     def __init__(self, inner: Runner) -> None:
         self._inner = inner
         # a runner may say more than the protocol asks; the reference backend has nothing to say
         self._stats: Callable[[], Mapping[str, float]] | None = getattr(inner, "stats", None)
-        self.survivors: list[float] = []
+        self.steps: list[Mapping[str, float]] = []
 
     @property
     def vocab_size(self) -> int:
@@ -56,8 +58,14 @@ class RecordingRunner:
     def step(self, step: StepInput, plan: str = "main") -> StepOutput:
         output = self._inner.step(step, plan)
         if self._stats is not None:
-            self.survivors.append(self._stats().get("survivors", 0.0))
+            self.steps.append(self._stats())
         return output
+
+    def means(self, skip: int) -> dict[str, float]:
+        """Mean of each figure over the steps from `skip` on; empty without such steps."""
+        steps = self.steps[skip:]
+        names = [name for name in STEP_FIGURES if steps and name in steps[0]]
+        return {name: statistics.fmean(step[name] for step in steps) for name in names}
 
     def copy_blocks(self, group: str, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
         self._inner.copy_blocks(group, sources, targets)
@@ -104,15 +112,14 @@ class HayaiSide:
         engine = self._engine
         times: list[float] = []
         tokens: list[int] = []
-        self._recorder.survivors.clear()
+        self._recorder.steps.clear()
         started = clock()
         while len(times) <= steps:
             for event in engine.step():
                 times.append(clock())
                 tokens.append(checked(event, name))
-        survivors = self._recorder.survivors[1:]
-        details = {"survivors": statistics.fmean(survivors)} if survivors else {}
-        return Generated(started, tuple(times), tuple(tokens), details)
+        prompt_steps = len(self._recorder.steps) - steps
+        return Generated(started, tuple(times), tuple(tokens), self._recorder.means(prompt_steps))
 
     def batch(self, prompts: Sequence[Sequence[int]], steps: int) -> Batched:
         engine = self._engine
@@ -124,6 +131,7 @@ class HayaiSide:
                 checked(event)
                 waiting.discard(event.request_id)
         times = [clock()]
+        self._recorder.steps.clear()
         for _ in range(steps):
             events = engine.step()
             times.append(clock())
@@ -131,11 +139,12 @@ class HayaiSide:
                 checked(event)
             if len(events) != len(names):
                 raise RuntimeError(f"a batched step gave {len(events)} tokens for {len(names)} sequences")
+        details = self._recorder.means(0)
         for name in names:
             engine.abort(name)
         while engine.has_work:
             engine.step()
-        return Batched(started, tuple(times), len(names))
+        return Batched(started, tuple(times), len(names), details)
 
     def settings(self, case: str) -> str:
         facts = self._engine.runner.describe()

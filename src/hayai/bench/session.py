@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from hayai.bench.cases import Outcome, Prompts, RawCase, Sizes, probes
 from hayai.bench.claims import StepBytes, step_bytes
 from hayai.bench.inprocess import HayaiSide, Roofline, measure_roofline
 from hayai.bench.machine import LoadMeter, identity
-from hayai.bench.peers import Installation, PeerFailure, PeerSpec, find, read_specs, requantised
+from hayai.bench.peers import Installation, PeerFailure, PeerSpec, Variant, find, read_specs, requantised
 from hayai.bench.prompts import PromptSource
 from hayai.bench.rows import Row
 from hayai.bench.sides import PeerSide, Side, Trial, Turn
@@ -59,6 +60,7 @@ class Session:
     identity: dict[str, object] = field(default_factory=dict)
     quality_text: tuple[int, ...] = ()
     perplexity: dict[str, float] = field(default_factory=dict)
+    server_choices: dict[str, tuple[str, Variant]] = field(default_factory=dict)
 
     @property
     def logs(self) -> Path:
@@ -112,9 +114,9 @@ class Session:
         counted = self.bytes_of.get(side.file)
         if counted is None or not outcome.context:
             return 0.0
-        survivors = outcome.details.get("survivors")
-        screened = side.peer == "hayai" and survivors is not None
-        return counted.total(outcome.context, screened=screened, survivors=survivors or 0.0)
+        # a step that took the whole head scored no row alone
+        survivors = outcome.details.get("survivors", 0.0) if side.peer == "hayai" else 0.0
+        return counted.total(outcome.context, screened=survivors > 0.0, survivors=survivors)
 
     # ------------------------------------------------------------ alternation
 
@@ -265,11 +267,22 @@ def _check_quality(session: Session, side: PeerSide) -> None:
 
 
 def quality_notes(session: Session) -> list[str]:
-    """One line per side whose predictions are clearly worse than the best side's on the same text."""
-    best = min(session.perplexity.values(), default=0.0)
-    return [
-        f"{label} predicts the check text with perplexity {value:.1f}, the best side with {best:.1f}: "
-        "what it computes is not the same model's answer"
-        for label, value in session.perplexity.items()
-        if value > QUALITY_LIMIT * best
-    ]
+    """What the check text says about sides and files: a side that is clearly worse than another on the same
+    file computes something else; a requantised file is another, worse model."""
+    notes = []
+    best: dict[str, float] = {}
+    for side in session.peers:
+        value = session.perplexity.get(side.label, math.inf)
+        best[side.file] = min(value, best.get(side.file, math.inf))
+    for side in session.peers:
+        value = session.perplexity.get(side.label)
+        if value is not None and value > QUALITY_LIMIT * best[side.file]:
+            notes.append(
+                f"{side.label} predicts the check text with perplexity {value:.1f}, another engine on the same "
+                f"file with {best[side.file]:.1f}: its speed buys another answer"
+            )
+    if math.isfinite(best.get("q4_0", math.inf)) and math.isfinite(best.get("same", math.inf)):
+        notes.append(
+            f"perplexity of the check text: {best['same']:.1f} on the file, {best['q4_0']:.1f} as Q4_0"
+        )
+    return notes

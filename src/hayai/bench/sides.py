@@ -17,6 +17,8 @@ from hayai.bench.machine import LoadMeter
 from hayai.bench.peers import Installation, PeerFailure, PeerSpec, Variant, Worker
 from hayai.bench.prompts import PromptSource
 
+HOPELESS = 0.7
+"""A variant whose warm-up is this far below the best one's score is not tried further."""
 SPARE_PROBES = 2
 """Probes of the calibration that may be repeated because other processes disturbed them."""
 
@@ -258,7 +260,13 @@ class PeerSide:
         about = (self.label, case, installation.python, installation.version, variant.name)
         try:
             self.use(installation, variant, shape)
-            probe(self, prompts)
+            best = self.choices.get(case)
+            meter = LoadMeter()
+            meter.start()
+            first = probe(self, prompts)
+            quiet = not meter.stop().contaminated
+            if quiet and best is not None and first < HOPELESS * best.score:
+                return Trial(*about, first)
             clean, all_scores = self._scores(probe, prompts, rounds)
         except PeerFailure as error:
             return Trial(*about, None, str(error))
