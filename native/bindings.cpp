@@ -268,7 +268,7 @@ nb::dict stats(const Executor &e) {
   const StepStats &s = e.stats();
   nb::dict d;
   d["step_ns"] = s.step_ns;
-  d["late_barriers"] = s.late_barriers;
+  d["lost_ns"] = s.lost_ns;
   d["waited_ns"] = s.waited_ns;
   d["threads"] = s.threads;
   d["survivors"] = s.survivors;

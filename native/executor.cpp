@@ -211,6 +211,7 @@ void Executor::finish(int64_t vocab) {
   seq_of_token_.resize(tokens);
   head_rows_.resize(size_t(pool_.max_threads()) * size_t(max_rows_));
   terms_.resize(size_t(max_rows_));
+  thresholds_ = std::vector<std::atomic<float>>(size_t(max_rows_));
 }
 
 void Executor::copy_blocks(int group, int64_t source, int64_t target) {
@@ -270,12 +271,13 @@ void Executor::step(const StepArgs &args) {
   for (int s = 0; s < args.num_seqs; s++)
     for (int t = args.query_start[s]; t < args.query_start[s + 1]; t++) seq_of_token_[size_t(t)] = s;
   survivors_.store(0, std::memory_order_relaxed);
+  next_candidate_.store(0, std::memory_order_relaxed);
   plan_units();
   plan_rows();
   pool_.run(active_, [this](int thread) { run_thread(thread); });
-  governor_.step_done(active_, pool_.late_barriers());
+  governor_.step_done(active_, pool_.lost_ns(), now_ns() - started);
   stats_.threads = active_;
-  stats_.late_barriers = pool_.late_barriers();
+  stats_.lost_ns = double(pool_.lost_ns());
   stats_.waited_ns = double(pool_.waited_ns());
   stats_.survivors = double(survivors_.load(std::memory_order_relaxed));
   stats_.step_ns = double(now_ns() - started);
@@ -295,7 +297,7 @@ void Executor::run_phase(int thread, const Phase &p) {
   case PhaseKind::kHead: lm_head(thread, p); return; // ends in the pool's own join
   default: elementwise(thread, p); break;
   }
-  pool_.barrier();
+  pool_.barrier(thread);
 }
 
 void Executor::reset_ranges(int thread) {

@@ -143,7 +143,7 @@ struct StepArgs {
 };
 
 struct StepStats {
-  double step_ns = 0, late_barriers = 0, waited_ns = 0, threads = 0, survivors = 0, kv_bytes = 0;
+  double step_ns = 0, lost_ns = 0, waited_ns = 0, threads = 0, survivors = 0;
 };
 
 class Executor {
@@ -226,6 +226,7 @@ private:
   void screened_pass(int thread, const Phase &p);
   void exact_rows(int thread, const Phase &p, int i, const int64_t *rows, int64_t n, float *y);
   void rescore(int thread, const Phase &p);
+  void score_candidates(int thread, const Phase &p, size_t i, const int64_t *candidates, size_t n);
   void full_pass(int thread, const Phase &p);
   void sample_rows(int thread, const Phase &p);
 
@@ -278,7 +279,9 @@ private:
   int64_t padded_vocab_ = 0;
   std::vector<int32_t> screened_rows_, full_rows_; // of this step: logit rows by way of serving them
   std::vector<ScreenTerms> terms_;
-  std::vector<HeadRow> head_rows_; // [thread][row]
+  std::vector<HeadRow> head_rows_;             // [thread][row]
+  std::vector<std::atomic<float>> thresholds_; // per screened row: the best exact logit known
+  std::atomic<int64_t> next_candidate_{0};
   std::atomic<int64_t> survivors_{0};
   StepStats stats_;
 };

@@ -15,8 +15,9 @@ struct Executor::ThreadState {
   uint8_t *gemm = nullptr;
   float *attend = nullptr, *attend_out = nullptr, *attend_stats = nullptr;
   float *zeros = nullptr;
-  std::vector<int64_t> candidates;
-  int exact_for = -1; // the screened row whose exact-score input lies in q, scale, offset
+  std::vector<int64_t> candidates;     // of all screened rows, one after the other
+  std::vector<size_t> candidate_start; // where each row's begin
+  int exact_for = -1;                  // the screened row whose exact-score input lies in q, scale, offset
   int64_t exact_step = -1;
   Sampler::Scratch sampler;
 

@@ -19,6 +19,7 @@ namespace {
 
 constexpr float kNormSlack = 1.0001f; // room for fp32 rounding of the norms themselves
 constexpr float kChainRounding = 1.6e-5f;
+constexpr size_t kCandidateBatch = 16;
 constexpr float kOutlierZero = -7.5f, kPlaneZero = -120.5f; // middle of the lower 4 bits: 16 * -8 + 7.5
 
 } // namespace
@@ -39,9 +40,9 @@ void Executor::plan_rows() {
 void Executor::lm_head(int thread, const Phase &p) {
   if (!screened_rows_.empty()) {
     screened_pass(thread, p);
-    pool_.barrier();
+    pool_.barrier(thread);
     rescore(thread, p);
-    pool_.barrier();
+    pool_.barrier(thread);
     if (thread == 0)
       for (size_t i = 0; i < screened_rows_.size(); i++) {
         const HeadRow *best = &head_rows_[i];
@@ -54,7 +55,7 @@ void Executor::lm_head(int thread, const Phase &p) {
   }
   if (!full_rows_.empty()) {
     full_pass(thread, p);
-    pool_.barrier();
+    pool_.barrier(thread);
     sample_rows(thread, p);
   }
 }
@@ -159,7 +160,7 @@ void Executor::screened_pass(int thread, const Phase &p) {
           store.sum[at * kTileTokens + slot] = i < rows ? s.sum[b] : 0;
         }
       }
-    pool_.barrier();
+    pool_.barrier(thread);
     const ActBatch a{store.q, store.scale, store.sum, nullptr, 0};
     const int64_t ldy = int64_t(round_up(size_t(p.chunk_groups * k_.group_rows), 16));
     for_chunks(thread, p, 0, [&](int64_t chunk) {
@@ -187,55 +188,73 @@ void Executor::exact_rows(int thread, const Phase &p, int i, const int64_t *rows
   k_.head_rows(p.head->planes, rows, n, s.q, s.scale, s.offset, y);
 }
 
-// Rows of [begin, end) whose bound reaches the threshold. Few do, so whole runs are ruled out at once.
+// Append the rows of [begin, end) whose bound reaches the threshold. Few do, so whole runs are ruled out at once.
 static void collect_candidates(const float *bound, int64_t begin, int64_t end, float threshold,
                                std::vector<int64_t> &found) {
   constexpr int64_t kRun = 64;
-  found.clear();
   for (int64_t at = begin; at < end; at += kRun) {
     const int64_t stop = std::min(end, at + kRun);
     int any = 0;
-    for (int64_t row = at; row < stop; row++)
-      any |= bound[row] >= threshold;
+    for (int64_t row = at; row < stop; row++) any |= bound[row] >= threshold;
     if (any)
       for (int64_t row = at; row < stop; row++)
-        if (bound[row] >= threshold)
-          found.push_back(row);
+        if (bound[row] >= threshold) found.push_back(row);
   }
 }
 
-// Each thread goes through its share of the vocabulary and scores what may still win. The threshold rises
-// as it goes.
+// The rows that may still win are collected by all threads, each from its share of the vocabulary, and then
+// scored in batches that any thread takes: how many there are differs much between the shares. The
+// threshold of a row rises as its candidates are scored.
 void Executor::rescore(int thread, const Phase &p) {
   const ScreenedHead &head = *p.head;
   ThreadState &s = *threads_[size_t(thread)];
+  const size_t rows = screened_rows_.size();
   const int64_t begin = head.vocab * thread / active_, end = head.vocab * (thread + 1) / active_;
-  int64_t scored = 0;
-  for (size_t i = 0; i < screened_rows_.size(); i++) {
-    HeadRow &mine = head_rows_[size_t(thread) * size_t(max_rows_) + i];
-    float threshold = mine.first_exact;
+  s.candidates.clear();
+  s.candidate_start.assign(1, 0);
+  for (size_t i = 0; i < rows; i++) {
+    float threshold = -INFINITY;
     for (int t = 0; t < active_; t++)
       threshold = std::max(threshold, head_rows_[size_t(t) * size_t(max_rows_) + i].first_exact);
-    const float *bound = bounds_ + int64_t(i) * padded_vocab_;
-    collect_candidates(bound, begin, end, threshold, s.candidates);
-    constexpr size_t kBatch = 16;
-    int64_t batch[kBatch];
-    float y[kBatch];
-    for (size_t at = 0; at < s.candidates.size();) {
-      size_t n = 0;
-      for (; at < s.candidates.size() && n < kBatch; at++)
-        if (bound[s.candidates[at]] >= threshold) batch[n++] = s.candidates[at];
-      exact_rows(thread, p, int(i), batch, int64_t(n), y);
-      for (size_t j = 0; j < n; j++)
-        if (y[j] > mine.best || (y[j] == mine.best && batch[j] < mine.row)) {
-          mine.best = y[j];
-          mine.row = batch[j];
-          threshold = std::max(threshold, y[j]);
-        }
-      scored += int64_t(n);
-    }
+    if (thread == 0) thresholds_[i].store(threshold, std::memory_order_relaxed);
+    collect_candidates(bounds_ + int64_t(i) * padded_vocab_, begin, end, threshold, s.candidates);
+    s.candidate_start.push_back(s.candidates.size());
   }
-  survivors_.fetch_add(scored, std::memory_order_relaxed);
+  pool_.barrier(thread);
+
+  int64_t mine = next_candidate_.fetch_add(1, std::memory_order_relaxed), batch = 0;
+  for (size_t i = 0; i < rows; i++)
+    for (int t = 0; t < active_; t++) {
+      const ThreadState &other = *threads_[size_t(t)];
+      for (size_t at = other.candidate_start[i]; at < other.candidate_start[i + 1];
+           at += kCandidateBatch, batch++) {
+        if (batch < mine) continue;
+        const size_t n = std::min(kCandidateBatch, other.candidate_start[i + 1] - at);
+        score_candidates(thread, p, i, other.candidates.data() + at, n);
+        mine = next_candidate_.fetch_add(1, std::memory_order_relaxed);
+      }
+    }
+}
+
+void Executor::score_candidates(int thread, const Phase &p, size_t i, const int64_t *candidates, size_t n) {
+  HeadRow &best = head_rows_[size_t(thread) * size_t(max_rows_) + i];
+  const float *bound = bounds_ + int64_t(i) * padded_vocab_;
+  float threshold = thresholds_[i].load(std::memory_order_relaxed);
+  int64_t rows[kCandidateBatch], count = 0;
+  for (size_t j = 0; j < n; j++)
+    if (bound[candidates[j]] >= threshold) rows[count++] = candidates[j];
+  if (count == 0) return;
+  float y[kCandidateBatch];
+  exact_rows(thread, p, int(i), rows, count, y);
+  for (int64_t j = 0; j < count; j++)
+    if (y[j] > best.best || (y[j] == best.best && rows[j] < best.row)) {
+      best.best = y[j];
+      best.row = rows[j];
+    }
+  while (best.best > threshold &&
+         !thresholds_[i].compare_exchange_weak(threshold, best.best, std::memory_order_relaxed)) {
+  }
+  survivors_.fetch_add(count, std::memory_order_relaxed);
 }
 
 // ---------------------------------------------------------------- all logits
@@ -275,7 +294,7 @@ void Executor::full_pass(int thread, const Phase &p) {
       k_.quantize_tile(x, cols, factor, slot, store.q + size_t(at) * kBlockInputs * kTileTokens,
                        store.scale + at * kTileTokens, store.sum + at * kTileTokens);
     }
-  pool_.barrier();
+  pool_.barrier(thread);
   const ActBatch a{store.q, store.scale, store.sum, store.x, store.ldx};
   for_chunks(thread, p, 1, [&](int64_t chunk) {
     const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, total_groups - first);

@@ -87,7 +87,7 @@ void Executor::linear_many(int thread, const Phase &p) {
                          store.q + size_t(tile * blocks) * kTileBlockBytes,
                          store.scale + tile * blocks * kTileTokens, store.sum + tile * blocks * kTileTokens);
       }
-    pool_.barrier();
+    pool_.barrier(thread);
   }
   const auto gemm = k_.gemm[p.weight.layout];
   const int64_t ldy = int64_t(round_up(size_t(p.chunk_groups * k_.group_rows), 16));
@@ -277,7 +277,7 @@ void Executor::attention(int thread, const Phase &p) {
                       p.out.data + (u.token + i) * p.out.stride + int64_t(first_query_head) * p.value_dim);
   }
   if (!p.merge_here) return;
-  pool_.barrier();
+  pool_.barrier(thread);
   for (int token = thread; token < args_->num_tokens; token += active_)
     if (part_of_token_[size_t(token)] >= 0) merge_token(p, token, p.out.data + token * p.out.stride);
 }

@@ -6,6 +6,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #endif
 
@@ -16,6 +17,16 @@ int64_t now_ns() {
              std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
+
+#if defined(__linux__)
+int64_t thread_cpu_ns() {
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
+}
+#else
+int64_t thread_cpu_ns() { return 0; }
+#endif
 
 static inline void cpu_pause() {
 #if defined(__x86_64__)
@@ -72,7 +83,7 @@ void WaitWord::advance() {
   if (sleepers_.load(std::memory_order_seq_cst) != 0) futex_wake_all(&value_);
 }
 
-Pool::Pool(int max_threads) : max_threads_(max_threads) {
+Pool::Pool(int max_threads) : max_threads_(max_threads), waits_(size_t(max_threads)) {
   for (int t = 1; t < max_threads; t++) threads_.emplace_back([this, t] { worker(t); });
 }
 
@@ -94,25 +105,38 @@ void Pool::worker(int thread) {
   }
 }
 
+// One thread's part of a job, with an account of the time that it did not get.
+void Pool::work(int thread) {
+  waits_[size_t(thread)].ns = 0;
+  const int64_t wall = now_ns(), cpu = thread_cpu_ns();
+  (*job_)(thread);
+  const int64_t used = thread_cpu_ns() - cpu, waited = waits_[size_t(thread)].ns;
+  const int64_t lost = cpu == 0 ? 0 : now_ns() - wall - used - waited;
+  waited_.fetch_add(waited, std::memory_order_relaxed);
+  int64_t most = lost_.load(std::memory_order_relaxed);
+  while (lost > most && !lost_.compare_exchange_weak(most, lost, std::memory_order_relaxed)) {
+  }
+}
+
 void Pool::run(int threads, const std::function<void(int)> &job) {
-  late_.store(0, std::memory_order_relaxed);
+  lost_.store(0, std::memory_order_relaxed);
   waited_.store(0, std::memory_order_relaxed);
+  job_ = &job;
   if (threads <= 1 || max_threads_ == 1) {
     active_ = 1;
-    job(0);
+    work(0);
     return;
   }
   active_ = threads < max_threads_ ? threads : max_threads_;
-  job_ = &job;
   finished_.store(0, std::memory_order_relaxed);
   const uint32_t seen = done_.load();
   start_.advance();
-  job(0);
+  work(0);
   if (finished_.load(std::memory_order_acquire) != max_threads_ - 1)
     while (done_.load() == seen) done_.wait_change(seen);
 }
 
-void Pool::barrier() {
+void Pool::barrier(int thread) {
   if (active_ == 1) return;
   const uint32_t seen = generation_.load();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == active_) {
@@ -120,24 +144,20 @@ void Pool::barrier() {
     generation_.advance();
     return;
   }
-  const int64_t waited = generation_.wait_change(seen);
-  if (waited > kLateNs) {
-    late_.fetch_add(1, std::memory_order_relaxed);
-    waited_.fetch_add(waited, std::memory_order_relaxed);
-  }
+  waits_[size_t(thread)].ns += generation_.wait_change(seen);
 }
 
-void Governor::step_done(int threads, int late_barriers) {
+void Governor::step_done(int threads, int64_t lost_ns, int64_t step_ns) {
   if (max_threads_ == 1) return;
   if (threads < max_threads_) {
     if (--until_retry_ <= 0) {
       current_ = max_threads_;
-      bad_ = kPatience - 1; // on probation: one late step sends it down again
+      bad_ = kPatience - 1; // on probation: one disturbed step sends it down again
       clean_ = 0;
     }
     return;
   }
-  if (late_barriers == 0) {
+  if (lost_ns < kMinLostNs || lost_ns * 8 < step_ns) {
     if (bad_ > 0) bad_--;
     if (++clean_ >= 4 * kFirstPause) pause_ = kFirstPause;
     return;

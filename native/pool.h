@@ -3,8 +3,9 @@
 // A decode step has about 150 barriers and lasts a millisecond or two, so waiting must cost well under
 // a microsecond while everybody runs. But a thread that spins for a partner that has lost its core
 // burns the very time the partner needs. Hence three stages: spin (kSpinNs), yield (kYieldNs), sleep.
-// Barriers at which somebody was kept longer than kLateNs are counted; the governor drops to fewer
-// threads when that keeps happening and tries again later.
+// What a thread lost to others on its core is wall time less its own CPU time less its waits; when steps
+// keep losing time that way the governor drops to fewer threads, and tries again later. (Waiting alone is
+// no sign: a partner may simply have had more to do.)
 #pragma once
 
 #include <atomic>
@@ -16,9 +17,10 @@
 
 namespace hayai {
 
-constexpr int64_t kSpinNs = 20'000, kYieldNs = 100'000, kLateNs = 400'000;
+constexpr int64_t kSpinNs = 20'000, kYieldNs = 100'000;
 
 int64_t now_ns();
+int64_t thread_cpu_ns(); // CPU time of the calling thread; 0 where the system can't tell
 
 // A 32-bit word that threads wait on until it changes.
 class WaitWord {
@@ -45,13 +47,14 @@ public:
   // Runs job(thread) on `threads` threads, the caller being thread 0; returns when all are done.
   void run(int threads, const std::function<void(int)> &job);
   // For use inside a job: returns when all threads of the job have arrived.
-  void barrier();
-  // Barriers of the last job at which a thread waited longer than kLateNs, and the longest such wait.
-  int late_barriers() const { return late_.load(std::memory_order_relaxed); }
+  void barrier(int thread);
+  // Of the last job: the most that a thread lost to others on its core, and all waits beyond spinning.
+  int64_t lost_ns() const { return lost_.load(std::memory_order_relaxed); }
   int64_t waited_ns() const { return waited_.load(std::memory_order_relaxed); }
 
 private:
   void worker(int thread);
+  void work(int thread);
 
   const int max_threads_;
   int active_ = 1;
@@ -62,8 +65,11 @@ private:
   alignas(64) std::atomic<int> finished_{0};
   WaitWord done_;
   std::atomic<bool> stop_{false};
-  std::atomic<int> late_{0};
-  std::atomic<int64_t> waited_{0};
+  std::atomic<int64_t> lost_{0}, waited_{0};
+  struct alignas(64) ThreadWait {
+    int64_t ns = 0;
+  };
+  std::vector<ThreadWait> waits_;
   std::vector<std::thread> threads_;
 };
 
@@ -72,11 +78,12 @@ class Governor {
 public:
   explicit Governor(int max_threads) : max_threads_(max_threads), current_(max_threads) {}
   int threads() const { return current_; }
-  void step_done(int threads, int late_barriers);
+  void step_done(int threads, int64_t lost_ns, int64_t step_ns);
   int64_t drops() const { return drops_; }
 
 private:
   static constexpr int kPatience = 3, kFirstPause = 64, kLongestPause = 2048;
+  static constexpr int64_t kMinLostNs = 300'000; // less is an interrupt
   const int max_threads_;
   int current_;
   int bad_ = 0;             // late steps lately; one clean step takes one back
