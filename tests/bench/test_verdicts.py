@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from hayai.bench.cases import GROUPS, RAW_CASES
-from hayai.bench.inprocess import Roofline
+from hayai.bench.inprocess import Roofline, typical
 from hayai.bench.machine import Load
 from hayai.bench.peers import read_specs
 from hayai.bench.report import TITLES
-from hayai.bench.rows import Row, summarise
+from hayai.bench.rows import Row, pair_roofline, summarise
 from hayai.bench.verdicts import BARS, Verdict, judge
 from hayai.cli.bench import CASE_NAMES, PEER_NAMES
 
@@ -69,6 +69,32 @@ def test_contaminated_repetitions_are_kept_and_counted() -> None:
     loud = Row(**{**vars(measured[1]), "load": Load(1.0, 0.5, 0.0)})
     summaries = summarise([measured[0], loud, *measured[2:]])
     assert (summaries[0].value.n, summaries[0].contaminated) == (3, 1)
+    assert summaries[0].quiet is not None and summaries[0].quiet.n == 2
+    assert summaries[1].ratio is not None and summaries[1].ratio.n == 3
+    assert summaries[1].quiet_ratio is not None and summaries[1].quiet_ratio.n == 2
+
+
+def test_a_reading_whose_threads_shared_a_core_does_not_count() -> None:
+    """Bandwidth that two threads could not use is no roofline: the share would flatter us."""
+
+    def with_roofs(pair: int, before: dict[int, float], after: dict[int, float]) -> Row:
+        whole = vars(row("hayai", "hayai", "same", pair, 400.0))
+        return Row(**{**whole, "roofline_before": Roofline(before), "roofline_after": Roofline(after)})
+
+    mixed = [
+        with_roofs(0, {1: 50.0, 2: 50.0}, {1: 50.0, 2: 80.0}),
+        with_roofs(1, {1: 50.0, 2: 51.0}, {1: 50.0, 2: 49.0}),
+    ]
+    assert pair_roofline(mixed, "decode", 0, 2) == 80.0
+    assert pair_roofline(mixed, "decode", 1, 2) is None
+    assert summarise(mixed)[0].share == pytest.approx(0.1 * 400 / 80)
+    saturated = [with_roofs(0, {1: 50.0, 2: 51.0}, {1: 50.0, 2: 52.0})]
+    assert pair_roofline(saturated, "decode", 0, 2) == 52.0
+
+
+def test_stacked_passes_do_not_count() -> None:
+    assert typical([40.0, 100.0, 102.0, 98.0, 55.0]) == 100.0
+    assert typical([50.0]) == 50.0
 
 
 def test_the_data_files_speak_of_cases_and_peers_that_exist() -> None:

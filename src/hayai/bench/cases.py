@@ -80,13 +80,13 @@ def prefill(side: Side, prompts: Prompts, sizes: Sizes) -> Outcome:
     """Prompt tokens per second up to the first token, which is counted in the time."""
     (prompt,) = prompts
     made = side.generate(prompt, 0)
-    return Outcome(len(prompt) / made.first, made.started, made.times)
+    return Outcome(len(prompt) / made.first, made.started, made.times, details=made.details)
 
 
 def first_token(side: Side, prompts: Prompts, sizes: Sizes) -> Outcome:
     (prompt,) = prompts
     made = side.generate(prompt, 0)
-    return Outcome(made.first * 1e3, made.started, made.times)
+    return Outcome(made.first * 1e3, made.started, made.times, details=made.details)
 
 
 def batch(side: Side, prompts: Prompts, sizes: Sizes) -> Outcome:

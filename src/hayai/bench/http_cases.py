@@ -57,7 +57,7 @@ def reported(session: Session, what: str) -> Iterator[None]:
 
 
 def best_server(session: Session, spec: PeerSpec, file: str, context: int) -> Server:
-    """Start every variant, ask a few long prompts, keep the fastest one running; later calls start it again."""
+    """Start every variant, ask a few long prompts, keep the fastest running; later calls start it again."""
     if file in session.server_choices:
         binary, variant = session.server_choices[file]
         return start_variant(session, spec, binary, variant, file, context)

@@ -10,7 +10,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,27 +23,33 @@ from hayai.load import LoadedModel, load_model
 
 clock = time.perf_counter
 
-ROOFLINE_BYTES = 96 << 20
-"""Size of the bandwidth test's buffer: the step of a small model, and larger than any L3 share we get."""
-ROOFLINE_PASSES = 7
+ROOFLINE_PASSES = 15
+ROOFLINE_BYTES = (64 << 20, 1 << 30)
+"""Bounds of the bandwidth test's buffer, which otherwise is as large as what one step reads: a cache that
+keeps a part of the weights keeps as much of the buffer."""
+STACKED = 1.5
+"""A pass that takes this much longer than the fastest one had its threads on one core, and does not count."""
 WINDOW = 512
 LOGIT_ROWS = 64
 """Rows of logits per step: 64 x 49152 floats are 12 MB."""
-STEP_FIGURES = ("survivors", "threads", "late_barriers")
 SPARE_TOKENS = 24
 """Room that a batched sequence keeps, so that none ends before the measured steps are over."""
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Read bandwidth in GB/s (1e9 bytes), the median of several passes, by number of threads."""
+    """Read bandwidth in GB/s (1e9 bytes) by number of threads: the median of the passes that count.
+
+    passes: every single one, in GB/s.
+    """
 
     gb_per_second: Mapping[int, float]
+    passes: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
 
 class RecordingRunner:
-    """A runner that keeps the native figures of each step: `survivors` (head rows scored exactly), `threads`
-    used, `late_barriers`."""
+    """A runner that keeps the native figures of each step, among them `survivors` (head rows scored exactly)
+    and `threads` (used)."""
 
     def __init__(self, inner: Runner) -> None:
         self._inner = inner
@@ -64,8 +70,7 @@ class RecordingRunner:
     def means(self, skip: int) -> dict[str, float]:
         """Mean of each figure over the steps from `skip` on; empty without such steps."""
         steps = self.steps[skip:]
-        names = [name for name in STEP_FIGURES if steps and name in steps[0]]
-        return {name: statistics.fmean(step[name] for step in steps) for name in names}
+        return {name: statistics.fmean(step[name] for step in steps) for name in (steps[0] if steps else ())}
 
     def copy_blocks(self, group: str, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
         self._inner.copy_blocks(group, sources, targets)
@@ -118,7 +123,8 @@ class HayaiSide:
             for event in engine.step():
                 times.append(clock())
                 tokens.append(checked(event, name))
-        prompt_steps = len(self._recorder.steps) - steps
+        # the figures of the decode steps; without any, those of the prompt
+        prompt_steps = len(self._recorder.steps) - steps if steps else 0
         return Generated(started, tuple(times), tuple(tokens), self._recorder.means(prompt_steps))
 
     def batch(self, prompts: Sequence[Sequence[int]], steps: int) -> Batched:
@@ -214,15 +220,24 @@ class LogitRunner:
         self.loaded.engine.close()
 
 
-def measure_roofline(threads: Sequence[int]) -> Roofline | None:
-    """Read bandwidth of this process, with the page size of our weights; None without the native core."""
+def measure_roofline(threads: Sequence[int], step_bytes: float) -> Roofline | None:
+    """Read bandwidth of this process, with the page size of our weights; None without the native core.
+
+    step_bytes: what one step of the model reads.
+    """
     try:
         # optional: the reference backend runs where the native core was not built
         from hayai._native import read_bandwidth
     except ImportError:
         return None
-    found = {}
+    low, high = ROOFLINE_BYTES
+    size = int(min(max(step_bytes, low), high)) >> 12 << 12
+    passes: dict[int, tuple[float, ...]] = {}
     for count in threads:
-        seconds = read_bandwidth(ROOFLINE_BYTES, count, True, ROOFLINE_PASSES)
-        found[count] = ROOFLINE_BYTES / statistics.median(seconds) / 1e9
-    return Roofline(found)
+        passes[count] = tuple(size / s / 1e9 for s in read_bandwidth(size, count, True, ROOFLINE_PASSES))
+    return Roofline({count: typical(values) for count, values in passes.items()}, passes)
+
+
+def typical(rates: Sequence[float]) -> float:
+    """Median of the passes whose threads ran at the same time."""
+    return statistics.median(rate for rate in rates if rate * STACKED >= max(rates))

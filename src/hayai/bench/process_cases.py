@@ -219,7 +219,8 @@ def contention(session: Session) -> None:
 def _contended(session: Session, side: HayaiSide, prompt: Sequence[int]) -> Outcome:
     made = side.generate(prompt, session.options.sizes.decode_tokens)
     gaps = [b - a for a, b in zip(made.times, made.times[1:], strict=False)]
-    return Outcome(made.rate, made.started, made.times, details={"longest_gap_ms": max(gaps) * 1e3})
+    details = {"longest_gap_ms": max(gaps) * 1e3, "threads_used": made.details.get("threads", 1.0)}
+    return Outcome(made.rate, made.started, made.times, details=details)
 
 
 @contextlib.contextmanager

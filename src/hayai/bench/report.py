@@ -93,8 +93,8 @@ def print_report(session: Session, console: Console) -> None:
 def case_table(sizes: Sizes, summaries: Sequence[Summary]) -> Table:
     """One line per side and case. `vs`: hayai / side, pair by pair; `roof`: share of the read roofline."""
     table = Table(show_edge=False, pad_edge=False)
-    for name in ("case", "side", "median", "min-max", "n", "roof", "vs (min-max)", "settings"):
-        right = name in ("median", "n", "roof")
+    for name in ("case", "side", "median", "min-max", "n", "roof", "vs (min-max)", "quiet vs", "settings"):
+        right = name in ("median", "n", "roof", "quiet vs")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     last = None
     for summary in summaries:
@@ -108,11 +108,15 @@ def case_table(sizes: Sizes, summaries: Sequence[Summary]) -> Table:
             f"{summary.value.n}" + (f" ({summary.contaminated}*)" if summary.contaminated else ""),
             "" if summary.share is None else f"{summary.share:.0%}",
             ratio_text(summary.ratio),
-            summary.settings,
+            quiet_text(summary),
+            "; ".join(filter(None, (summary.settings, summary.remark))),
         )
         last = summary.case
     if any(s.contaminated for s in summaries):
-        table.caption = "* repetitions in which others used more than 12 % of a core (kept)"
+        table.caption = (
+            "* repetitions in which others used more than 12 % of a core (kept); "
+            "quiet: median over the pairs without them, and how many"
+        )
     return table
 
 
@@ -125,6 +129,13 @@ def title(case: str, sizes: Sizes) -> str:
         "batch": f" ({sizes.batch_sequences} x {sizes.batch_steps})",
     }
     return TITLES[case] + more.get(case, "")
+
+
+def quiet_text(summary: Summary) -> str:
+    ratio = summary.quiet_ratio
+    if summary.ratio is None or ratio == summary.ratio:
+        return ""
+    return "none" if ratio is None else f"{ratio.median:.2f}x ({ratio.n})"
 
 
 def ratio_text(ratio: Spread | None) -> str:

@@ -44,7 +44,8 @@ class Summary:
     """One side of one case over all pairs. `share`: of the read roofline, median over pairs, or None.
 
     ratio: the first side's value over this one's, pair by pair; None for the first side itself.
-    interval: 95 % bootstrap interval of the median value.
+    interval: 95 % bootstrap interval of the median value. quiet, quiet_ratio: the same over the repetitions
+    (pairs) that nobody disturbed, None where there are none. remark: what a reader must know.
     """
 
     case: str
@@ -55,9 +56,12 @@ class Summary:
     value: Spread
     interval: tuple[float, float]
     contaminated: int
+    quiet: Spread | None
     share: float | None
     ratio: Spread | None
+    quiet_ratio: Spread | None
     settings: str
+    remark: str
 
 
 def of(rows: Sequence[Row], case: str, side: str) -> list[Row]:
@@ -65,30 +69,53 @@ def of(rows: Sequence[Row], case: str, side: str) -> list[Row]:
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
-    """A summary per case and side, in the order in which they were measured."""
+    """A summary per case and side; cases and sides in the order in which they were first measured."""
     order = dict.fromkeys((row.case, row.side) for row in rows)
-    first: dict[str, str] = {}
-    for case, side in order:
-        first.setdefault(case, side)
-    return [_summary(rows, case, side, first[case]) for case, side in order]
+    cases = dict.fromkeys(case for case, _ in order)
+    found = []
+    for case in cases:
+        sides = [side for name, side in order if name == case]
+        found += [_summary(rows, case, side, sides[0]) for side in sides]
+    return found
 
 
 def _summary(rows: Sequence[Row], case: str, side: str, base: str) -> Summary:
     mine = of(rows, case, side)
     values = [row.value for row in mine]
+    quiet = [row.value for row in mine if not row.load.contaminated]
     return Summary(
-        case,
-        side,
-        mine[0].peer,
-        mine[0].file,
-        mine[0].unit,
-        spread(values),
-        bootstrap(values),
-        sum(row.load.contaminated for row in mine),
-        roofline_share(rows, mine),
-        None if side == base else ratio_of(rows, case, base, side),
-        mine[-1].settings,
+        case=case,
+        side=side,
+        peer=mine[0].peer,
+        file=mine[0].file,
+        unit=mine[0].unit,
+        value=spread(values),
+        interval=bootstrap(values),
+        contaminated=len(values) - len(quiet),
+        quiet=spread(quiet) if quiet else None,
+        share=roofline_share(rows, mine),
+        ratio=None if side == base else ratio_of(rows, case, base, side),
+        quiet_ratio=None
+        if side == base
+        else ratio_of([r for r in rows if not r.load.contaminated], case, base, side),
+        settings=mine[-1].settings,
+        remark=remark(mine),
     )
+
+
+def remark(mine: Sequence[Row]) -> str:
+    """Tokens per chunk where answers came in chunks; threads where fewer were used than asked for."""
+    words = []
+    chunks = [float(row.extra["tokens_per_chunk"]) for row in mine if "tokens_per_chunk" in row.extra]
+    if chunks:
+        words.append(f"{statistics.fmean(chunks):.2f} tokens per chunk")
+    threads = [float(row.extra["threads"]) for row in mine if "threads" in row.extra]
+    if threads and statistics.fmean(threads) < 0.99 * mine[0].threads:
+        words.append(f"used {statistics.fmean(threads):.2f} threads of {mine[0].threads}")
+    gaps = [float(row.extra["longest_gap_ms"]) for row in mine if "longest_gap_ms" in row.extra]
+    if gaps:
+        words.append(f"longest gap {max(gaps):.0f} ms")
+    return ", ".join(words)
 
 
 def ratio_of(rows: Sequence[Row], case: str, ours: str, theirs: str) -> Spread | None:
@@ -99,16 +126,33 @@ def ratio_of(rows: Sequence[Row], case: str, ours: str, theirs: str) -> Spread |
     return paired_ratios([left[p] for p in pairs], [right[p] for p in pairs]) if pairs else None
 
 
+# ---------------------------------------------------------------- the roofline of a pair
+
+PARALLEL_GAIN = 1.15
+"""Several threads that read no faster than this times one thread were not running at the same time."""
+
+
+def ran_parallel(reading: Roofline, threads: int) -> bool:
+    """Whether a reading's threads had a core each. Everything disturbs a reading downwards only."""
+    rates = reading.gb_per_second
+    return threads == 1 or 1 not in rates or rates[threads] >= PARALLEL_GAIN * rates[1]
+
+
+def readings_of(rows: Sequence[Row], threads: int) -> list[Roofline]:
+    found = (reading for row in rows for reading in (row.roofline_before, row.roofline_after))
+    return [reading for reading in found if reading is not None and threads in reading.gb_per_second]
+
+
 def pair_roofline(rows: Sequence[Row], case: str, pair: int, threads: int) -> float | None:
-    """GB/s of a pair: the mean of the readings around our own turn."""
-    readings = [
-        reading.gb_per_second[threads]
-        for row in rows
-        if row.case == case and row.pair == pair
-        for reading in (row.roofline_before, row.roofline_after)
-        if reading is not None and threads in reading.gb_per_second
-    ]
-    return statistics.fmean(readings) if readings else None
+    """GB/s of a pair: the best reading around our own turn, None where none of them counts.
+
+    Readings whose threads shared a core don't count, unless that is so in the whole run: then one thread
+    saturates this memory.
+    """
+    parallel = [r for r in readings_of(rows, threads) if ran_parallel(r, threads)]
+    mine = readings_of([row for row in rows if row.case == case and row.pair == pair], threads)
+    usable = [r for r in mine if not parallel or ran_parallel(r, threads)]
+    return max((r.gb_per_second[threads] for r in usable), default=None)
 
 
 def roofline_share(rows: Sequence[Row], mine: Sequence[Row]) -> float | None:

@@ -68,10 +68,12 @@ class Session:
 
     # ------------------------------------------------------------ one turn
 
-    def turn(self, case: str, side: Turn, pair: int, unit: str, work: Callable[[], Outcome]) -> Row:
+    def turn(
+        self, case: str, side: Turn, pair: int, unit: str, work: Callable[[], Outcome], variant: str = ""
+    ) -> Row:
         """Run one side's repetition with the meters around it; ours gets a roofline before and after.
 
-        pair -1 is the warm-up: it is run and forgotten.
+        pair -1 is the warm-up: it is run and forgotten. variant: the calibrated case whose settings apply.
         """
         own = side.peer == "hayai" and pair >= 0
         before = self.roofline() if own else None
@@ -97,7 +99,7 @@ class Session:
             step_bytes=self._step_bytes(side, outcome),
             steps_per_second=outcome.steps_per_second,
             threads=self.options.threads,
-            settings=side.settings(case),
+            settings=side.settings(variant or case),
             extra=dict(outcome.details),
         )
         if pair >= 0:
@@ -108,7 +110,8 @@ class Session:
 
     def roofline(self) -> Roofline | None:
         """Read bandwidth of this process now, on 1 thread and on as many as the engine uses."""
-        return measure_roofline(sorted({1, self.options.threads}))
+        counted = self.bytes_of["same"]
+        return measure_roofline(sorted({1, self.options.threads}), counted.total(0, screened=True))
 
     def _step_bytes(self, side: Turn, outcome: Outcome) -> float:
         counted = self.bytes_of.get(side.file)
@@ -143,7 +146,8 @@ class Session:
                     self.say(f"  {self.notes[-1]}")
 
     def _repetition(self, case: RawCase, side: Side, pair: int, prompts: Prompts) -> None:
-        self.turn(case.name, side, pair, case.unit, lambda: case.run(side, prompts, self.options.sizes))
+        sizes = self.options.sizes
+        self.turn(case.name, side, pair, case.unit, lambda: case.run(side, prompts, sizes), case.variant)
 
 
 QUALITY_TOKENS = 256
@@ -272,14 +276,14 @@ def quality_notes(session: Session) -> list[str]:
     notes = []
     best: dict[str, float] = {}
     for side in session.peers:
-        value = session.perplexity.get(side.label, math.inf)
-        best[side.file] = min(value, best.get(side.file, math.inf))
+        found = session.perplexity.get(side.label, math.inf)
+        best[side.file] = min(found, best.get(side.file, math.inf))
     for side in session.peers:
         value = session.perplexity.get(side.label)
         if value is not None and value > QUALITY_LIMIT * best[side.file]:
             notes.append(
-                f"{side.label} predicts the check text with perplexity {value:.1f}, another engine on the same "
-                f"file with {best[side.file]:.1f}: its speed buys another answer"
+                f"{side.label} predicts the check text with perplexity {value:.1f}, another engine on "
+                f"the same file with {best[side.file]:.1f}: its speed buys another answer"
             )
     if math.isfinite(best.get("q4_0", math.inf)) and math.isfinite(best.get("same", math.inf)):
         notes.append(
