@@ -50,7 +50,7 @@ class EngineService:
         self._callbacks: dict[str, OnEvent] = {}
         self._events: list[TokenEvent] = []
         self._lock = threading.Lock()  # submit, close and start against each other
-        self._turn_lock = threading.RLock()  # who runs a step
+        self._turn_lock = threading.Lock()  # who runs a step
         self._thread: threading.Thread | None = None
         self._closing = False
         self._dead: str | None = None
