@@ -90,17 +90,19 @@ void pack(int layout, int group_rows, Mat<const uint8_t> rows, int64_t cols, int
 }
 
 float pack_head(int group_rows, Mat<const uint8_t> rows, int64_t cols, Vec<const int32_t> outliers,
-                Vec<uint8_t> high, Vec<uint8_t> low, Out rest_error, Out outlier_error) {
+                Vec<uint8_t> high, Vec<uint8_t> outlier, Vec<uint8_t> low, Out rest_error,
+                Out outlier_error) {
   checked_layout(kQ8_0, cols);
   const int64_t n = int64_t(rows.shape(0)), groups = (n + group_rows - 1) / group_rows;
-  need(rows.shape(1) == file_row_bytes(kQ8_0, cols) && len(outliers) == kOutliers, "bad rows");
-  need(len(high) == groups * int64_t(head_high_group_bytes(group_rows, cols)) &&
-           len(low) == groups * int64_t(head_low_group_bytes(group_rows, cols)) && len(rest_error) == n &&
+  need(rows.shape(1) == file_row_bytes(kQ8_0, cols) && len(outliers) == kOutliers && n > 0, "bad rows");
+  need(len(high) == groups * int64_t(group_bytes(kQ4_0, group_rows, cols)) &&
+           len(outlier) == groups * int64_t(group_bytes(kQ4_0, group_rows, kBlockInputs)) &&
+           len(low) == n * int64_t(head_low_row_bytes(cols)) && len(rest_error) == n &&
            len(outlier_error) == n,
        "planes do not fit");
   nb::gil_scoped_release release;
-  return pack_head_planes(group_rows, rows.data(), rows.shape(1), 0, n, cols, outliers.data(), high.data(),
-                          low.data(), rest_error.data(), outlier_error.data());
+  return pack_head_planes(group_rows, rows.data(), rows.shape(1), n, cols, outliers.data(), high.data(),
+                          outlier.data(), low.data(), rest_error.data(), outlier_error.data());
 }
 
 // ---------------------------------------------------------------- linear
@@ -299,56 +301,36 @@ void attend_merge(const Kernels &k, Floats parts, Floats stats, int splits, int 
 
 // ---------------------------------------------------------------- head
 
-HeadPlanes planes(const Kernels &k, const Bytes &high, const Bytes &low, int64_t cols, int64_t groups) {
+HeadPlanes planes(const Kernels &k, const Bytes &high, const Bytes &low, int64_t cols, int64_t rows) {
   checked_layout(kQ8_0, cols);
-  const int g = k.table->group_rows;
-  need(len(high) >= groups * int64_t(head_high_group_bytes(g, cols)) &&
-           len(low) >= groups * int64_t(head_low_group_bytes(g, cols)),
+  const int64_t g = k.table->group_rows, groups = (rows + g - 1) / g;
+  need(len(high) >= groups * int64_t(group_bytes(kQ4_0, int(g), cols)) &&
+           len(low) >= rows * int64_t(head_low_row_bytes(cols)),
        "planes do not fit");
-  return {high.data(), low.data(), cols};
+  return {high.data(), nullptr, low.data(), cols};
 }
 
-void head_gemv(const Kernels &k, Bytes high, Bytes low, int64_t cols, int64_t first_group, int64_t groups,
-               Vec<const int8_t> q, Floats scale, Floats off, Out y, int repeats) {
-  const HeadPlanes h = planes(k, high, low, cols, first_group + groups);
-  need(len(q) == cols && len(scale) == cols / 32 && len(off) == cols / 32 &&
-           len(y) == groups * k.table->group_rows,
-       "head_gemv: arrays do not fit");
+// rows None: y[i] belongs to row first_row + i. q is readable to a whole pair of blocks.
+void head_low(const Kernels &k, Bytes high, Bytes low, int64_t cols, std::optional<Vec<const int64_t>> rows,
+              int64_t first_row, Vec<const int8_t> q, Floats scale, Floats off, Out y, int repeats) {
+  int64_t last = first_row + len(y) - 1;
+  need(first_row >= 0 && (!rows || len(*rows) == len(y)), "head_low: rows do not fit");
+  for (int64_t i = 0; rows && i < len(*rows); i++) {
+    need(rows->data()[i] >= 0, "head_low: negative row");
+    last = std::max(last, rows->data()[i]);
+  }
+  const HeadPlanes h = planes(k, high, low, cols, last + 1);
+  need(len(q) >= (cols / 32 + 1) / 2 * 64 && len(scale) == cols / 32 && len(off) == cols / 32,
+       "head_low: inputs do not fit");
   nb::gil_scoped_release release;
   for (int i = 0; i < repeats; i++) {
-    k.table->head_gemv(h, first_group, groups, q.data(), scale.data(), off.data(), y.data());
+    k.table->head_low(h, rows ? rows->data() : nullptr, first_row, len(y), q.data(), scale.data(), off.data(),
+                      y.data());
   }
-}
-
-void head_gemm(const Kernels &k, Bytes high, Bytes low, int64_t cols, int64_t first_group, int64_t groups,
-               int64_t tokens, Vec<const int8_t> q, Floats scale, Floats off, Mat<float> y) {
-  const HeadPlanes h = planes(k, high, low, cols, first_group + groups);
-  check_batch(tokens, cols, q, scale, off);
-  const int64_t ldy = int64_t(y.shape(1));
-  need(int64_t(y.shape(0)) == tokens && ldy % 16 == 0 && ldy >= groups * k.table->group_rows,
-       "head_gemm: output does not fit");
-  const ActBatch a{q.data(), scale.data(), off.data(), nullptr, 0};
-  Scratch scratch(k.table->gemm_scratch_bytes(cols));
-  nb::gil_scoped_release release;
-  k.table->head_gemm(h, first_group, groups, a, tokens, y.data(), ldy, (uint8_t *)scratch.p);
-}
-
-void head_rows(const Kernels &k, Bytes high, Bytes low, int64_t cols, Vec<const int64_t> rows,
-               Vec<const int8_t> q, Floats scale, Floats off, Out y) {
-  int64_t groups = 0;
-  for (int64_t i = 0; i < len(rows); i++) {
-    need(rows.data()[i] >= 0, "head_rows: negative row");
-    groups = std::max(groups, rows.data()[i] / k.table->group_rows + 1);
-  }
-  const HeadPlanes h = planes(k, high, low, cols, groups);
-  need(len(q) == cols && len(scale) == cols / 32 && len(off) == cols / 32 && len(y) == len(rows),
-       "head_rows: arrays do not fit");
-  nb::gil_scoped_release release;
-  k.table->head_rows(h, rows.data(), len(rows), q.data(), scale.data(), off.data(), y.data());
 }
 
 void unpack_head_row(const Kernels &k, Bytes high, Bytes low, int64_t cols, int64_t row, Out out) {
-  const HeadPlanes h = planes(k, high, low, cols, row / k.table->group_rows + 1);
+  const HeadPlanes h = planes(k, high, low, cols, row + 1);
   need(row >= 0 && len(out) == cols, "unpack_head_row: bad row");
   k.table->unpack_head_row(h, row, out.data());
 }
@@ -395,11 +377,8 @@ void bind_attention_and_head(nb::class_<Kernels> &c) {
            "softcap"_a, "out"_a, "stats"_a, "repeats"_a = 1)
       .def("attend_merge", &attend_merge, "parts"_a, "stats"_a, "splits"_a, "heads"_a, "value_dim"_a,
            "sinks"_a.none(), "y"_a)
-      .def("head_gemv", &head_gemv, "high"_a, "low"_a, "cols"_a, "first_group"_a, "groups"_a, "q"_a,
+      .def("head_low", &head_low, "high"_a, "low"_a, "cols"_a, "rows"_a.none(), "first_row"_a, "q"_a,
            "scale"_a, "off"_a, "y"_a, "repeats"_a = 1)
-      .def("head_gemm", &head_gemm, "high"_a, "low"_a, "cols"_a, "first_group"_a, "groups"_a, "tokens"_a,
-           "q"_a, "scale"_a, "off"_a, "y"_a)
-      .def("head_rows", &head_rows, "high"_a, "low"_a, "cols"_a, "rows"_a, "q"_a, "scale"_a, "off"_a, "y"_a)
       .def("unpack_head_row", &unpack_head_row, "high"_a, "low"_a, "cols"_a, "row"_a, "out"_a)
       .def("screen_bounds", &screen_bounds, "y"_a, "rest_error"_a, "outlier_error"_a, "rest_norm"_a,
            "outlier_norm"_a, "slack"_a, "bound"_a);
@@ -411,8 +390,8 @@ void bind_kernels(nb::module_ &m) {
   m.def("kernel_isas", &kernel_isas);
   m.def("pack_rows", &pack, "layout"_a, "group_rows"_a, "rows"_a, "cols"_a, "first_row"_a, "out"_a,
         "group_stride"_a);
-  m.def("pack_head_planes", &pack_head, "group_rows"_a, "rows"_a, "cols"_a, "outliers"_a, "high"_a, "low"_a,
-        "rest_error"_a, "outlier_error"_a);
+  m.def("pack_head_planes", &pack_head, "group_rows"_a, "rows"_a, "cols"_a, "outliers"_a, "high"_a,
+        "outlier"_a, "low"_a, "rest_error"_a, "outlier_error"_a);
   nb::class_<Kernels> c(m, "Kernels");
   c.def(nb::new_(&kernels), "isa"_a);
   c.def_prop_ro("name", [](const Kernels &k) { return k.table->name; });

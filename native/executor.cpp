@@ -80,17 +80,18 @@ int Executor::add_head(const uint8_t *q8_rows, int64_t vocab, int64_t cols, cons
   head->vocab = vocab;
   head->groups = (vocab + g - 1) / g;
   const size_t groups = size_t(head->groups);
-  uint8_t *high = weight_arena_->take(head_high_group_bytes(int(g), cols) * groups);
-  uint8_t *low = weight_arena_->take(head_low_group_bytes(int(g), cols) * groups);
+  uint8_t *high = weight_arena_->take(group_bytes(kQ4_0, int(g), cols) * groups);
+  uint8_t *outlier = weight_arena_->take(group_bytes(kQ4_0, int(g), kBlockInputs) * groups);
+  uint8_t *low = weight_arena_->take(head_low_row_bytes(cols) * size_t(vocab));
   float *rest = weight_arena_->take_floats(groups * size_t(g));
-  float *outlier = weight_arena_->take_floats(groups * size_t(g));
+  float *left_over = weight_arena_->take_floats(groups * size_t(g));
   std::copy(outlier_inputs, outlier_inputs + ScreenedHead::kOutliers, head->outlier_inputs);
-  head->max_code_norm = pack_head_planes(int(g), q8_rows, file_row_bytes(kQ8_0, cols), 0, vocab, cols,
-                                         outlier_inputs, high, low, rest, outlier);
+  head->max_code_norm = pack_head_planes(int(g), q8_rows, file_row_bytes(kQ8_0, cols), vocab, cols,
+                                         outlier_inputs, high, outlier, low, rest, left_over);
   head->max_row_norm = largest_row_norm(q8_rows, vocab, cols);
-  head->planes = {high, low, cols};
+  head->planes = {high, outlier, low, cols};
   head->rest_error = rest;
-  head->outlier_error = outlier;
+  head->outlier_error = left_over;
   heads_.push_back(std::move(head));
   return int(heads_.size()) - 1;
 }
@@ -203,6 +204,8 @@ void Executor::finish(int64_t vocab) {
   head_region_ = Region(2 * size_t(max_rows_) * size_t(padded_vocab_) * sizeof(float), false);
   logits_ = reinterpret_cast<float *>(head_region_.data());
   bounds_ = logits_ + int64_t(max_rows_) * padded_vocab_;
+  head_inputs_.reserve(size_t(max_rows_));
+  for (int i = 0; i < max_rows_; i++) head_inputs_.push_back(std::make_unique<HeadInput>(max_cols));
   ranges_ = std::make_unique<WorkRange[]>(size_t(num_ranges_) * size_t(pool_.max_threads()));
   for (int t = 0; t < pool_.max_threads(); t++)
     threads_.push_back(std::make_unique<ThreadState>(k_, max_cols, int64_t(tokens), max_chunk, max_per_kv,
@@ -210,7 +213,6 @@ void Executor::finish(int64_t vocab) {
   part_of_token_.resize(tokens);
   seq_of_token_.resize(tokens);
   head_rows_.resize(size_t(pool_.max_threads()) * size_t(max_rows_));
-  terms_.resize(size_t(max_rows_));
   thresholds_ = std::vector<std::atomic<float>>(size_t(max_rows_));
 }
 

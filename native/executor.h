@@ -188,6 +188,17 @@ private:
   struct ThreadState;
   struct Unit; // a piece of attention work
   struct HeadRow;
+  struct HeadInput;
+
+  // Quantised inputs. store 0: filled by a phase's prologue (many tokens); store 1: by a GLU epilogue.
+  struct ActStore {
+    int8_t *q = nullptr;
+    float *scale = nullptr, *sum = nullptr, *x = nullptr;
+    int64_t ldx = 0;
+  };
+  static void fill_slot(const ActStore &store, int tile, int slot, int64_t blocks, const int8_t *q,
+                        const float *scale, const float *sum);
+  static void clear_slot(const ActStore &store, int tile, int slot, int64_t blocks);
 
   void check(const StepArgs &args) const;
   void run_thread(int thread);
@@ -222,12 +233,18 @@ private:
   void elementwise_token(const Phase &p, int token);
   void lm_head(int thread, const Phase &p);
   const float *head_row_input(int thread, const Phase &p, int row);
-  void outlier_block(const ScreenedHead &head, const float *x, ScreenTerms &terms, float *values) const;
+  void prepare_planes(int thread, const Phase &p, int row, HeadInput &input);
+  HeadInput &head_input(int thread, size_t i, size_t rows);
+  void prepare_rows(int thread, const Phase &p, const std::vector<int32_t> &rows);
+  void high_parts(int thread, const Phase &p, const std::vector<int32_t> &rows, int64_t first,
+                  int64_t groups);
+  void low_parts(int thread, const Phase &p, size_t i, const int64_t *rows, int64_t n, float *y);
   void screened_pass(int thread, const Phase &p);
-  void exact_rows(int thread, const Phase &p, int i, const int64_t *rows, int64_t n, float *y);
   void rescore(int thread, const Phase &p);
   void score_candidates(int thread, const Phase &p, size_t i, const int64_t *candidates, size_t n);
   void full_pass(int thread, const Phase &p);
+  void prepare_plain(int thread, const Phase &p);
+  void plain_logits(int thread, const Phase &p, int64_t first, int64_t groups);
   void sample_rows(int thread, const Phase &p);
 
   const KernelTable &k_;
@@ -248,12 +265,6 @@ private:
   std::vector<Phase> phases_;
   int num_ranges_ = 0;
 
-  // Quantised inputs. store 0: filled by a phase's prologue (many tokens); store 1: by a GLU epilogue.
-  struct ActStore {
-    int8_t *q = nullptr;
-    float *scale = nullptr, *sum = nullptr, *x = nullptr;
-    int64_t ldx = 0;
-  };
   ActStore stores_[2];
   Region act_region_;
   struct alignas(64) WorkRange {
@@ -277,10 +288,10 @@ private:
   Region head_region_;
   float *logits_ = nullptr, *bounds_ = nullptr;
   int64_t padded_vocab_ = 0;
-  std::vector<int32_t> screened_rows_, full_rows_; // of this step: logit rows by way of serving them
-  std::vector<ScreenTerms> terms_;
-  std::vector<HeadRow> head_rows_;             // [thread][row]
-  std::vector<std::atomic<float>> thresholds_; // per screened row: the best exact logit known
+  std::vector<int32_t> screened_rows_, full_rows_;      // of this step: logit rows by way of serving them
+  std::vector<std::unique_ptr<HeadInput>> head_inputs_; // per logit row, where there are several
+  std::vector<HeadRow> head_rows_;                      // [thread][row]
+  std::vector<std::atomic<float>> thresholds_;          // per screened row: the best exact logit known
   std::atomic<int64_t> next_candidate_{0};
   std::atomic<int64_t> survivors_{0};
   StepStats stats_;

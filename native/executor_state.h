@@ -5,24 +5,45 @@
 
 namespace hayai {
 
+// One logit row's input, quantised, in the forms that the planes of the head want it (kernels.h, HeadPlanes).
+struct Executor::HeadInput {
+  Region region;
+  int8_t *q = nullptr; // the inputs; the outlier block's stand behind them, on a whole pair of blocks
+  int8_t *outlier_q = nullptr;
+  float *scale = nullptr, *low_sum = nullptr;       // of the low plane
+  float *high_scale = nullptr, *high_sum = nullptr; // of the high plane
+  float outlier_scale = 0, outlier_sum = 0;
+  ScreenTerms terms{};
+
+  explicit HeadInput(int64_t max_cols) : region(size_t(max_cols) * 2 + 1024, false) {
+    const size_t floats = round_up(size_t(max_cols) / kBlockInputs, 16);
+    q = reinterpret_cast<int8_t *>(region.data());
+    outlier_q = q + round_up(size_t(max_cols), kCacheLine);
+    scale = reinterpret_cast<float *>(outlier_q + kCacheLine);
+    low_sum = scale + floats;
+    high_scale = low_sum + floats;
+    high_sum = high_scale + floats;
+  }
+};
+
 // One thread's scratch, so that phases allocate nothing.
 struct Executor::ThreadState {
   Region region;
   float *row = nullptr, *row2 = nullptr; // one input vector each
   int8_t *q = nullptr;
-  float *scale = nullptr, *sum = nullptr, *offset = nullptr;
+  float *scale = nullptr, *sum = nullptr;
   float *y = nullptr; // chunk results: [tokens][chunk rows]
   uint8_t *gemm = nullptr;
   float *attend = nullptr, *attend_out = nullptr, *attend_stats = nullptr;
   float *zeros = nullptr;
   std::vector<int64_t> candidates;     // of all screened rows, one after the other
   std::vector<size_t> candidate_start; // where each row's begin
-  int exact_for = -1;                  // the screened row whose exact-score input lies in q, scale, offset
-  int64_t exact_step = -1;
+  HeadInput head;
   Sampler::Scratch sampler;
 
   ThreadState(const KernelTable &k, int64_t max_cols, int64_t tokens, int64_t max_chunk, int64_t per_kv,
-              int64_t value_dim, int64_t vocab) {
+              int64_t value_dim, int64_t vocab)
+      : head(max_cols) {
     const size_t cols = size_t(max_cols), blocks = cols / kBlockInputs;
     const size_t y_floats = size_t(tokens) * round_up(size_t(max_chunk), 16);
     const size_t attend_floats = attend_scratch_floats(int(per_kv), int(value_dim));
@@ -30,7 +51,6 @@ struct Executor::ThreadState {
     const size_t sizes[] = {cols * 4,
                             cols * 4,
                             cols,
-                            blocks * 4,
                             blocks * 4,
                             blocks * 4,
                             y_floats * 4,
@@ -55,7 +75,6 @@ struct Executor::ThreadState {
     q = reinterpret_cast<int8_t *>(next());
     scale = floats();
     sum = floats();
-    offset = floats();
     y = floats();
     gemm = next();
     attend = floats();

@@ -1,12 +1,8 @@
 // The output head: which rows are screened, which need all logits, and the choice of tokens.
 //
-// Screening (greedy rows, Q8_0 head): a first pass over the 4-bit high plane plus one block that holds
-// the plane's error in 32 outlier inputs gives, for every row i of the vocabulary,
-//   |logit_i - estimate_i| <= rest_error_i * ||a_R|| + outlier_error_i * ||a_S||
-//                             + max||code|| * ||a_S - a'_S|| + rounding
-// by Cauchy-Schwarz (R: the other inputs, S: the outlier inputs, a' their requantised values). Rows whose
-// upper bound reaches the best exact logit known are scored exactly; the largest is the argmax, by
-// proof. `rounding` covers the fp32 chains: gamma_n * ||w|| * ||a|| with n < 128 terms.
+// Screening (greedy rows, Q8_0 head): a first pass over the 4-bit high plane plus the outlier plane gives
+// every row of the vocabulary an estimate and a bound of its error (pack.h). Rows whose upper bound reaches
+// the best exact logit known are scored exactly; the largest is the argmax, by proof.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -20,7 +16,7 @@ namespace {
 constexpr float kNormSlack = 1.0001f; // room for fp32 rounding of the norms themselves
 constexpr float kChainRounding = 1.6e-5f;
 constexpr size_t kCandidateBatch = 16;
-constexpr float kOutlierZero = -7.5f, kPlaneZero = -120.5f; // middle of the lower 4 bits: 16 * -8 + 7.5
+constexpr float kLowZero = -7.5f, kHighZero = -120.5f; // kernels.h, HeadPlanes
 
 } // namespace
 
@@ -69,123 +65,164 @@ const float *Executor::head_row_input(int thread, const Phase &p, int row) {
   return s.row;
 }
 
-// ---------------------------------------------------------------- screening
+// ---------------------------------------------------------------- the planes' inputs
 
-// From the quantised input (q, scale): what the outlier block is multiplied with, and the bound's terms.
-void Executor::outlier_block(const ScreenedHead &head, const float *dequantised, ScreenTerms &terms,
-                             float *values) const {
-  float all = 0, outliers = 0;
-  for (int64_t i = 0; i < head.planes.cols; i++) all += dequantised[i] * dequantised[i];
+// Quantise one logit row for all planes, and the terms of its bound. `rounding` covers the fp32 chains:
+// gamma_n * ||w|| * ||a|| for fewer than 128 terms.
+void Executor::prepare_planes(int thread, const Phase &p, int row, HeadInput &input) {
+  const ScreenedHead &head = *p.head;
+  ThreadState &s = *threads_[size_t(thread)];
+  const int64_t cols = head.planes.cols, blocks = cols / kBlockInputs;
+  k_.quantize(head_row_input(thread, p, row), cols, 1.f, input.q, input.scale, s.sum);
+  for (int64_t b = 0; b < blocks; b++) {
+    input.high_scale[b] = input.scale[b] * 16.f;
+    input.high_sum[b] = s.sum[b] * kHighZero;
+    input.low_sum[b] = s.sum[b] * kLowZero;
+  }
+  float all = 0, outliers = 0, lost = 0;
+  for (int64_t b = 0; b < blocks; b++) {
+    int squares = 0;
+    for (int64_t c = b * kBlockInputs; c < (b + 1) * kBlockInputs; c++)
+      squares += int(input.q[c]) * int(input.q[c]);
+    all += input.scale[b] * input.scale[b] * float(squares);
+  }
+  alignas(64) float values[ScreenedHead::kOutliers];
   for (int i = 0; i < ScreenedHead::kOutliers; i++) {
-    values[i] = dequantised[head.outlier_inputs[i]];
+    const int32_t at = head.outlier_inputs[i];
+    values[i] = float(input.q[at]) * input.scale[at / kBlockInputs];
     outliers += values[i] * values[i];
   }
-  const float rest = std::max(0.f, all - outliers);
-  terms.rest_norm = std::sqrt(rest) * kNormSlack + 1e-5f * std::sqrt(all);
-  terms.outlier_norm = std::sqrt(outliers) * kNormSlack;
-  terms.slack = kChainRounding * head.max_row_norm * std::sqrt(all) + 1e-6f;
+  k_.quantize(values, ScreenedHead::kOutliers, kLowZero, input.outlier_q, &input.outlier_scale,
+              &input.outlier_sum);
+  for (int i = 0; i < ScreenedHead::kOutliers; i++) {
+    const float e = values[i] - input.outlier_scale * float(input.outlier_q[i]);
+    lost += e * e;
+  }
+  const float norm = std::sqrt(all);
+  input.terms.rest_norm = std::sqrt(std::max(0.f, all - outliers)) * kNormSlack + 1e-5f * norm;
+  input.terms.outlier_norm = std::sqrt(outliers) * kNormSlack;
+  input.terms.slack =
+      kChainRounding * head.max_row_norm * norm + std::sqrt(lost) * kNormSlack * head.max_code_norm + 1e-6f;
 }
+
+// A single row is prepared by every thread for itself; several are shared.
+Executor::HeadInput &Executor::head_input(int thread, size_t i, size_t rows) {
+  return rows == 1 ? threads_[size_t(thread)]->head : *head_inputs_[i];
+}
+
+// Quantise all rows; several also into tiles, for the products of many tokens: the high plane's in store 0,
+// the outlier plane's in store 1.
+void Executor::prepare_rows(int thread, const Phase &p, const std::vector<int32_t> &rows) {
+  if (rows.size() == 1) {
+    prepare_planes(thread, p, rows[0], threads_[size_t(thread)]->head);
+    return;
+  }
+  const int64_t blocks = p.head->planes.cols / kBlockInputs;
+  const int count = int(rows.size());
+  for (int tile = thread; tile * kTileTokens < count; tile += active_)
+    for (int slot = 0; slot < kTileTokens; slot++) {
+      const int i = tile * kTileTokens + slot;
+      if (i >= count) {
+        clear_slot(stores_[0], tile, slot, blocks);
+        clear_slot(stores_[1], tile, slot, 1);
+        continue;
+      }
+      HeadInput &input = *head_inputs_[size_t(i)];
+      prepare_planes(thread, p, rows[size_t(i)], input);
+      fill_slot(stores_[0], tile, slot, blocks, input.q, input.high_scale, input.high_sum);
+      fill_slot(stores_[1], tile, slot, 1, input.outlier_q, &input.outlier_scale, &input.outlier_sum);
+    }
+  pool_.barrier(thread);
+}
+
+// One token's place in a tile (kernels.h, ActBatch).
+void Executor::fill_slot(const ActStore &store, int tile, int slot, int64_t blocks, const int8_t *q,
+                         const float *scale, const float *sum) {
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t at = tile * blocks + b;
+    for (int c = 0; c < 8; c++)
+      std::memcpy(store.q + size_t(at) * kBlockInputs * kTileTokens + c * 16 + slot * 4,
+                  q + b * kBlockInputs + c * 4, 4);
+    store.scale[at * kTileTokens + slot] = scale[b];
+    store.sum[at * kTileTokens + slot] = sum[b];
+  }
+}
+
+void Executor::clear_slot(const ActStore &store, int tile, int slot, int64_t blocks) {
+  const int8_t q[kBlockInputs] = {};
+  const float zero = 0;
+  for (int64_t b = 0; b < blocks; b++)
+    fill_slot({store.q + (tile * blocks + b) * kBlockInputs * kTileTokens,
+               store.scale + (tile * blocks + b) * kTileTokens, store.sum + (tile * blocks + b) * kTileTokens,
+               nullptr, 0},
+              0, slot, 1, q, &zero, &zero);
+}
+
+// High parts of a chunk's logits, of all rows, into logits_.
+void Executor::high_parts(int thread, const Phase &p, const std::vector<int32_t> &rows, int64_t first,
+                          int64_t groups) {
+  ThreadState &s = *threads_[size_t(thread)];
+  const int64_t cols = p.head->planes.cols;
+  const size_t size = group_bytes(kQ4_0, k_.group_rows, cols);
+  const uint8_t *w = p.head->planes.high + size_t(first) * size;
+  float *y = logits_ + first * k_.group_rows;
+  if (rows.size() == 1) {
+    k_.gemv[kQ4_0](w, groups, cols, {s.head.q, s.head.high_scale, s.head.high_sum, nullptr}, y);
+    return;
+  }
+  const ActBatch a{stores_[0].q, stores_[0].scale, stores_[0].sum, nullptr, 0};
+  k_.gemm[kQ4_0](w, groups, cols, a, int64_t(rows.size()), y, padded_vocab_, s.gemm,
+                 w + size_t(groups) * size);
+}
+
+// ---------------------------------------------------------------- screening
 
 void Executor::screened_pass(int thread, const Phase &p) {
   const ScreenedHead &head = *p.head;
   ThreadState &s = *threads_[size_t(thread)];
-  const int64_t cols = head.planes.cols, blocks = cols / kBlockInputs, wide = cols + kBlockInputs;
-  const int rows = int(screened_rows_.size());
-  const size_t group_size = group_bytes(kQ4_0, k_.group_rows, wide);
-
-  // One row's quantised input with the outlier block behind it; sum[] holds the zero-point terms.
-  auto prepare = [&](int i) {
-    const float *x = head_row_input(thread, p, screened_rows_[size_t(i)]);
-    k_.quantize(x, cols, 1.f, s.q, s.scale, s.sum);
-    for (int64_t c = 0; c < cols; c++) s.row2[c] = float(s.q[c]) * s.scale[c / kBlockInputs];
-    alignas(64) float values[ScreenedHead::kOutliers];
-    ScreenTerms &terms = terms_[size_t(i)];
-    ScreenTerms own;
-    outlier_block(head, s.row2, own, values);
-    k_.quantize(values, ScreenedHead::kOutliers, 1.f, s.q + cols, s.scale + blocks, s.sum + blocks);
-    float lost = 0;
-    for (int j = 0; j < ScreenedHead::kOutliers; j++) {
-      const float e = values[j] - s.scale[blocks] * float(s.q[cols + j]);
-      lost += e * e;
-    }
-    own.slack += std::sqrt(lost) * kNormSlack * head.max_code_norm;
-    for (int64_t b = 0; b < blocks; b++) {
-      s.sum[b] *= kPlaneZero;
-      s.scale[b] *= 16.f;
-    }
-    s.sum[blocks] *= kOutlierZero;
-    terms = own;
-  };
-
+  const size_t rows = screened_rows_.size();
+  const size_t outlier_size = group_bytes(kQ4_0, k_.group_rows, kBlockInputs);
+  prepare_rows(thread, p, screened_rows_);
   HeadRow *best = &head_rows_[size_t(thread) * size_t(max_rows_)];
-  for (int i = 0; i < rows; i++) best[i] = {-INFINITY, -INFINITY, 0};
-  // y holds estimates of rows [first, first + n); padding rows are left out.
-  auto offer = [&](int i, int64_t first_group, int64_t groups, const float *y, const ScreenTerms &terms) {
-    const int64_t first = first_group * k_.group_rows;
-    const int64_t n = std::min(groups * k_.group_rows, head.vocab - first);
-    const int64_t top = k_.screen_bounds(y, head.rest_error + first, head.outlier_error + first, terms,
-                                         groups * k_.group_rows, bounds_ + i * padded_vocab_ + first);
-    if (top < n && (y[top] > best[i].best)) {
-      best[i].best = y[top];
-      best[i].row = first + top;
+  for (size_t i = 0; i < rows; i++) best[i] = {-INFINITY, -INFINITY, 0};
+  const int64_t ldy = int64_t(round_up(size_t(p.chunk_groups * k_.group_rows), 16));
+  for_chunks(thread, p, 0, [&](int64_t chunk) {
+    const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, head.groups - first);
+    const int64_t first_row = first * k_.group_rows;
+    const int64_t n = std::min(groups * k_.group_rows, head.vocab - first_row); // padding rows are left out
+    high_parts(thread, p, screened_rows_, first, groups);
+    const uint8_t *w = head.planes.outlier + size_t(first) * outlier_size;
+    if (rows == 1) {
+      k_.gemv[kQ4_0](w, groups, kBlockInputs,
+                     {s.head.outlier_q, &s.head.outlier_scale, &s.head.outlier_sum, nullptr}, s.y);
+    } else {
+      const ActBatch a{stores_[1].q, stores_[1].scale, stores_[1].sum, nullptr, 0};
+      k_.gemm[kQ4_0](w, groups, kBlockInputs, a, int64_t(rows), s.y, ldy, s.gemm, nullptr);
     }
-  };
-
-  if (rows == 1) {
-    prepare(0);
-    const ScreenTerms terms = terms_[0];
-    const ActRow a{s.q, s.scale, s.sum, nullptr};
-    for_chunks(thread, p, 0, [&](int64_t chunk) {
-      const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, head.groups - first);
-      k_.gemv[kQ4_0](head.planes.high + size_t(first) * group_size, groups, wide, a, s.y);
-      offer(0, first, groups, s.y, terms);
-    });
-  } else {
-    const ActStore &store = stores_[0];
-    const int64_t tile_blocks = blocks + 1;
-    for (int64_t tile = thread; tile * kTileTokens < rows; tile += active_)
-      for (int slot = 0; slot < kTileTokens; slot++) {
-        const int i = int(tile) * kTileTokens + slot;
-        if (i < rows) prepare(i);
-        for (int64_t b = 0; b < tile_blocks; b++) {
-          const int64_t at = tile * tile_blocks + b;
-          for (int c = 0; c < 8; c++) {
-            int8_t *to = store.q + size_t(at) * kBlockInputs * kTileTokens + c * 16 + slot * 4;
-            if (i < rows)
-              std::memcpy(to, s.q + b * kBlockInputs + c * 4, 4);
-            else
-              std::memset(to, 0, 4);
-          }
-          store.scale[at * kTileTokens + slot] = i < rows ? s.scale[b] : 0;
-          store.sum[at * kTileTokens + slot] = i < rows ? s.sum[b] : 0;
-        }
+    for (size_t i = 0; i < rows; i++) {
+      float *estimate = s.y + int64_t(i) * ldy;
+      k_.add(estimate, logits_ + int64_t(i) * padded_vocab_ + first_row, n, estimate);
+      const int64_t top = k_.screen_bounds(estimate, head.rest_error + first_row,
+                                           head.outlier_error + first_row, head_input(thread, i, rows).terms,
+                                           n, bounds_ + int64_t(i) * padded_vocab_ + first_row);
+      if (estimate[top] > best[i].best) {
+        best[i].best = estimate[top];
+        best[i].row = first_row + top;
+        best[i].first_exact = logits_[int64_t(i) * padded_vocab_ + best[i].row];
       }
-    pool_.barrier(thread);
-    const ActBatch a{store.q, store.scale, store.sum, nullptr, 0};
-    const int64_t ldy = int64_t(round_up(size_t(p.chunk_groups * k_.group_rows), 16));
-    for_chunks(thread, p, 0, [&](int64_t chunk) {
-      const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, head.groups - first);
-      const uint8_t *w = head.planes.high + size_t(first) * group_size;
-      k_.gemm[kQ4_0](w, groups, wide, a, rows, s.y, ldy, s.gemm, w + size_t(groups) * group_size);
-      for (int i = 0; i < rows; i++) offer(i, first, groups, s.y + i * ldy, terms_[size_t(i)]);
-    });
+    }
+  });
+  // The exact score of this thread's best estimate is the first threshold.
+  for (size_t i = 0; i < rows; i++) {
+    if (best[i].best > -INFINITY) low_parts(thread, p, i, &best[i].row, 1, &best[i].first_exact);
+    best[i].best = best[i].first_exact;
   }
-  // An exact score of this thread's best estimate is the first threshold.
-  for (int i = 0; i < rows; i++) exact_rows(thread, p, i, &best[i].row, 1, &best[i].first_exact);
-  for (int i = 0; i < rows; i++) best[i].best = best[i].first_exact;
 }
 
-// Exact logits of a few rows for screened row i (same bits as head_gemv).
-void Executor::exact_rows(int thread, const Phase &p, int i, const int64_t *rows, int64_t n, float *y) {
-  ThreadState &s = *threads_[size_t(thread)];
-  if (s.exact_for != i || s.exact_step != step_count_) {
-    const ScreenedHead &head = *p.head;
-    const float *x = head_row_input(thread, p, screened_rows_[size_t(i)]);
-    k_.quantize(x, head.planes.cols, -128.f, s.q, s.scale, s.offset);
-    s.exact_for = i;
-    s.exact_step = step_count_;
-  }
-  k_.head_rows(p.head->planes, rows, n, s.q, s.scale, s.offset, y);
+// Add the low part to the high parts y of some rows: their exact logits.
+void Executor::low_parts(int thread, const Phase &p, size_t i, const int64_t *rows, int64_t n, float *y) {
+  const HeadInput &input = head_input(thread, i, screened_rows_.size());
+  k_.head_low(p.head->planes, rows, 0, n, input.q, input.scale, input.low_sum, y);
 }
 
 // Append the rows of [begin, end) whose bound reaches the threshold. Few do, so whole runs are ruled out at once.
@@ -245,7 +282,8 @@ void Executor::score_candidates(int thread, const Phase &p, size_t i, const int6
     if (bound[candidates[j]] >= threshold) rows[count++] = candidates[j];
   if (count == 0) return;
   float y[kCandidateBatch];
-  exact_rows(thread, p, int(i), rows, count, y);
+  for (int64_t j = 0; j < count; j++) y[j] = logits_[int64_t(i) * padded_vocab_ + rows[j]];
+  low_parts(thread, p, i, rows, count, y);
   for (int64_t j = 0; j < count; j++)
     if (y[j] > best.best || (y[j] == best.best && rows[j] < best.row)) {
       best.best = y[j];
@@ -260,25 +298,43 @@ void Executor::score_candidates(int thread, const Phase &p, size_t i, const int6
 // ---------------------------------------------------------------- all logits
 
 void Executor::full_pass(int thread, const Phase &p) {
+  if (p.head)
+    prepare_rows(thread, p, full_rows_);
+  else
+    prepare_plain(thread, p);
+  const size_t rows = full_rows_.size();
+  const int64_t total_groups = p.head ? p.head->groups : p.weight.groups;
+  for_chunks(thread, p, 1, [&](int64_t chunk) {
+    const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, total_groups - first);
+    const int64_t first_row = first * k_.group_rows, n = std::min(groups * k_.group_rows, vocab_ - first_row);
+    if (p.head)
+      high_parts(thread, p, full_rows_, first, groups);
+    else
+      plain_logits(thread, p, first, groups);
+    for (size_t i = 0; i < rows; i++) {
+      float *y = logits_ + int64_t(i) * padded_vocab_ + first_row;
+      if (p.head) {
+        const HeadInput &input = head_input(thread, i, rows);
+        k_.head_low(p.head->planes, nullptr, first_row, n, input.q, input.scale, input.low_sum, y);
+      }
+      if (p.softcap > 0) k_.softcap(y, p.softcap, n, y);
+    }
+  });
+}
+
+// A head in a layout of its own: its rows' inputs, in the thread's scratch or in store 0.
+void Executor::prepare_plain(int thread, const Phase &p) {
   ThreadState &s = *threads_[size_t(thread)];
   const int rows = int(full_rows_.size());
-  const int64_t cols = p.head ? p.head->planes.cols : p.weight.cols, blocks = cols / kBlockInputs;
-  const int64_t total_groups = p.head ? p.head->groups : p.weight.groups;
-  const bool is_float = !p.head && layout_is_float(p.weight.layout);
-  const float factor = p.head ? -128.f : sum_factor(p.weight.layout);
+  const int64_t cols = p.weight.cols, blocks = cols / kBlockInputs;
+  const float factor = sum_factor(p.weight.layout);
+  const bool is_float = layout_is_float(p.weight.layout);
   if (rows == 1) {
     const float *x = head_row_input(thread, p, full_rows_[0]);
-    if (!is_float) k_.quantize(x, cols, factor, s.q, s.scale, s.sum);
-    const ActRow a{s.q, s.scale, s.sum, x};
-    for_chunks(thread, p, 1, [&](int64_t chunk) {
-      const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, total_groups - first);
-      float *y = logits_ + first * k_.group_rows;
-      if (p.head)
-        k_.head_gemv(p.head->planes, first, groups, s.q, s.scale, s.sum, y);
-      else
-        k_.gemv[p.weight.layout](p.weight.data + size_t(first) * p.weight.group_bytes, groups, cols, a, y);
-      if (p.softcap > 0) k_.softcap(y, p.softcap, groups * k_.group_rows, y);
-    });
+    if (!is_float)
+      k_.quantize(x, cols, factor, s.q, s.scale, s.sum);
+    else if (x != s.row)
+      std::memcpy(s.row, x, size_t(cols) * sizeof(float));
     return;
   }
   const ActStore &store = stores_[0];
@@ -286,28 +342,26 @@ void Executor::full_pass(int thread, const Phase &p) {
     for (int slot = 0; slot < kTileTokens; slot++) {
       const int i = int(tile) * kTileTokens + slot;
       const float *x = i < rows ? head_row_input(thread, p, full_rows_[size_t(i)]) : s.zeros;
-      if (is_float) {
-        if (i < rows) std::memcpy(store.x + i * store.ldx, x, size_t(cols) * sizeof(float));
-        continue;
-      }
-      const int64_t at = tile * blocks;
-      k_.quantize_tile(x, cols, factor, slot, store.q + size_t(at) * kBlockInputs * kTileTokens,
-                       store.scale + at * kTileTokens, store.sum + at * kTileTokens);
+      if (!is_float)
+        k_.quantize_tile(x, cols, factor, slot, store.q + size_t(tile * blocks) * kBlockInputs * kTileTokens,
+                         store.scale + tile * blocks * kTileTokens, store.sum + tile * blocks * kTileTokens);
+      else if (i < rows)
+        std::memcpy(store.x + i * store.ldx, x, size_t(cols) * sizeof(float));
     }
   pool_.barrier(thread);
-  const ActBatch a{store.q, store.scale, store.sum, store.x, store.ldx};
-  for_chunks(thread, p, 1, [&](int64_t chunk) {
-    const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, total_groups - first);
-    float *y = logits_ + first * k_.group_rows;
-    if (p.head)
-      k_.head_gemm(p.head->planes, first, groups, a, rows, y, padded_vocab_, s.gemm);
-    else
-      k_.gemm[p.weight.layout](p.weight.data + size_t(first) * p.weight.group_bytes, groups, cols, a, rows, y,
-                               padded_vocab_, s.gemm, nullptr);
-    if (p.softcap > 0)
-      for (int i = 0; i < rows; i++)
-        k_.softcap(y + i * padded_vocab_, p.softcap, groups * k_.group_rows, y + i * padded_vocab_);
-  });
+}
+
+void Executor::plain_logits(int thread, const Phase &p, int64_t first, int64_t groups) {
+  ThreadState &s = *threads_[size_t(thread)];
+  const uint8_t *w = p.weight.data + size_t(first) * p.weight.group_bytes;
+  float *y = logits_ + first * k_.group_rows;
+  if (full_rows_.size() == 1) {
+    k_.gemv[p.weight.layout](w, groups, p.weight.cols, {s.q, s.scale, s.sum, s.row}, y);
+    return;
+  }
+  const ActBatch a{stores_[0].q, stores_[0].scale, stores_[0].sum, stores_[0].x, stores_[0].ldx};
+  k_.gemm[p.weight.layout](w, groups, p.weight.cols, a, int64_t(full_rows_.size()), y, padded_vocab_, s.gemm,
+                           nullptr);
 }
 
 void Executor::sample_rows(int thread, const Phase &) {

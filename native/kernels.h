@@ -39,7 +39,8 @@ static inline size_t group_bytes(int layout, int group_rows, int64_t cols) {
   case kQ4_0: return blocks * g * (2 + 16);
   case kQ4_1: return blocks * g * (4 + 16);
   case kQ8_0: return blocks * g * (2 + 32);
-  case kF16: case kBF16: return size_t(cols) * g * 2;
+  case kF16:
+  case kBF16: return size_t(cols) * g * 2;
   default: return size_t(cols) * g * 4;
   }
 }
@@ -116,15 +117,23 @@ static inline size_t attend_scratch_floats(int heads_per_kv, int value_dim) {
 
 // ---------------------------------------------------------------- the screened head
 
-// A Q8_0 head, losslessly split: q = 16 * (high - 8) + low with high, low in 0..15.
-//   high plane: as layout kQ4_0 with cols + 32 inputs: the last block is the outlier block
-//   low plane: per block only the 4 code vectors (no scales): 16 * G bytes
-// Exact logit: y = chain over b of fma(fma(float(16 * <high, q> + <low, q>), scale_b, off_b), d_b, y)
-// with off_b = -128 * scale_b * sum_k q, the integer sum exact. head_rows gives the same bits.
+// A Q8_0 head, losslessly split: q = 16 * (high - 8) + low with high, low in 0..15, that is
+//   weight = d * (16 * high - 120.5) + d * (low - 7.5).
+//   high plane: layout kQ4_0. It is read in full for every token.
+//   outlier plane: layout kQ4_0 with 32 inputs (pack.h): what the high plane leaves over, for 32 inputs.
+//   low plane: one row after the other, for rows that are scored one by one; per row of B blocks, B rounded
+//     up to even: B fp16 scales d, then B times 16 bytes; byte j of a block: low nibble = input j, high
+//     nibble = input 16 + j.
+// Exact logit = high part + low part. High part: gemv[kQ4_0] of the high plane with scale'_b = 16 * scale_b
+// and sum'_b = -120.5 * scale_b * sum_k q. Low part: head_low, a fixed order per row.
 struct HeadPlanes {
-  const uint8_t *high, *low;
+  const uint8_t *high, *outlier, *low;
   int64_t cols;
 };
+
+static inline size_t head_low_row_bytes(int64_t cols) {
+  return size_t((cols / kBlockInputs + 1) / 2 * 2) * 18;
+}
 
 struct ScreenTerms {
   float rest_norm, outlier_norm, slack;
@@ -144,8 +153,7 @@ struct KernelTable {
   // scratch: gemm_scratch_bytes(cols), 64-byte aligned. `next`: what the thread reads afterwards (may be
   // prefetched; null = unknown).
   void (*gemm[kLayoutCount])(const uint8_t *w, int64_t groups, int64_t cols, const ActBatch &a,
-                             int64_t tokens, float *y, int64_t ldy, uint8_t *scratch,
-                             const uint8_t *next);
+                             int64_t tokens, float *y, int64_t ldy, uint8_t *scratch, const uint8_t *next);
   size_t (*gemm_scratch_bytes)(int64_t cols);
 
   // Quantise n = 32b floats. `quantize_tile` writes token `slot` (0..3) of one tile.
@@ -185,14 +193,10 @@ struct KernelTable {
   // largest y (lowest on ties).
   int64_t (*screen_bounds)(const float *y, const float *rest_error, const float *outlier_error,
                            const ScreenTerms &terms, int64_t n, float *bound);
-  // Exact logits of single rows; off[b] as above.
-  void (*head_rows)(const HeadPlanes &h, const int64_t *rows, int64_t num_rows, const int8_t *q,
-                    const float *scale, const float *off, float *y);
-  // Exact logits of whole groups for one token, and for a batch (ActBatch with factor -128).
-  void (*head_gemv)(const HeadPlanes &h, int64_t first_group, int64_t groups, const int8_t *q,
-                    const float *scale, const float *off, float *y);
-  void (*head_gemm)(const HeadPlanes &h, int64_t first_group, int64_t groups, const ActBatch &a,
-                    int64_t tokens, float *y, int64_t ldy, uint8_t *scratch);
+  // y[i] += low part of row rows[i] (rows null: first_row + i). off[b] = -7.5 * scale[b] * sum_k q. q must be
+  // readable to a whole pair of blocks.
+  void (*head_low)(const HeadPlanes &h, const int64_t *rows, int64_t first_row, int64_t num_rows,
+                   const int8_t *q, const float *scale, const float *off, float *y);
 
   // Index of the largest value, lowest index on ties; NaN never wins (all NaN: 0).
   int64_t (*argmax)(const float *x, int64_t n);

@@ -119,15 +119,17 @@ uint32_t join_nibbles(const uint8_t *first, const uint8_t *second, int shift, ui
 // Codes of one row in all blocks. The signed upper half plus 8 is the upper nibble with its top bit
 // flipped.
 void split_row(int group_rows, const HeadRow &row, int64_t blocks, int r, uint8_t *high, uint8_t *low) {
+  uint8_t *low_codes = low + (blocks + 1) / 2 * 4;
   for (int64_t b = 0; b < blocks; b++) {
-    uint8_t *high_block = high + b * group_rows * 18, *low_block = low + b * group_rows * 16;
+    uint8_t *high_block = high + b * group_rows * 18;
     memcpy(high_block + 2 * r, row.file + b * 34, 2);
+    memcpy(low + 2 * b, row.file + b * 34, 2);
     const uint8_t *q = row.codes(b);
     for (int v = 0; v < 4; v++) {
       const uint32_t upper = join_nibbles(q + 4 * v, q + 16 + 4 * v, 4, 0x08080808);
       const uint32_t lower = join_nibbles(q + 4 * v, q + 16 + 4 * v, 0, 0);
       memcpy(high_block + 2 * group_rows + 4 * (v * group_rows + r), &upper, 4);
-      memcpy(low_block + 4 * (v * group_rows + r), &lower, 4);
+      memcpy(low_codes + 16 * b + 4 * v, &lower, 4);
     }
   }
 }
@@ -187,38 +189,29 @@ double rest_norm(const HeadRow &row, int64_t blocks, const uint8_t *keep) {
 
 } // namespace
 
-size_t head_high_group_bytes(int group_rows, int64_t cols) {
-  return group_bytes(kQ4_0, group_rows, cols + kOutliers);
-}
-
-size_t head_low_group_bytes(int group_rows, int64_t cols) {
-  return size_t(cols / kBlockInputs) * size_t(group_rows) * 16;
-}
-
-float pack_head_planes(int group_rows, const uint8_t *rows, size_t row_bytes, int64_t first_row,
-                       int64_t num_rows, int64_t cols, const int32_t outlier_inputs[kOutliers], uint8_t *high,
-                       uint8_t *low, float *rest_error, float *outlier_error) {
+float pack_head_planes(int group_rows, const uint8_t *rows, size_t row_bytes, int64_t num_rows, int64_t cols,
+                       const int32_t outlier_inputs[kOutliers], uint8_t *high, uint8_t *outlier, uint8_t *low,
+                       float *rest_error, float *outlier_error) {
   const int64_t blocks = cols / kBlockInputs;
-  const size_t high_bytes = head_high_group_bytes(group_rows, cols);
-  const size_t low_bytes = head_low_group_bytes(group_rows, cols);
+  const size_t high_bytes = group_bytes(kQ4_0, group_rows, cols);
+  const size_t outlier_bytes = group_bytes(kQ4_0, group_rows, kBlockInputs);
+  const size_t low_bytes = head_low_row_bytes(cols);
   std::vector<uint8_t> keep(size_t(cols), 1);
   for (int k = 0; k < kOutliers; k++) {
     keep[size_t(outlier_inputs[k])] = 0;
   }
-  const int64_t end = first_row + num_rows, last_group = (end + group_rows - 1) / group_rows;
-  if (end % group_rows != 0) {
-    memset(high + size_t(last_group - 1) * high_bytes, 0, high_bytes);
-    memset(low + size_t(last_group - 1) * low_bytes, 0, low_bytes);
-  }
+  const int64_t last = (num_rows - 1) / group_rows;
+  memset(high + size_t(last) * high_bytes, 0, high_bytes);
+  memset(outlier + size_t(last) * outlier_bytes, 0, outlier_bytes);
   double largest = 0;
   for (int64_t i = 0; i < num_rows; i++) {
     const HeadRow row{rows + size_t(i) * row_bytes};
-    const int64_t group = (first_row + i) / group_rows;
-    const int r = int((first_row + i) % group_rows);
-    uint8_t *high_group = high + size_t(group) * high_bytes;
-    split_row(group_rows, row, blocks, r, high_group, low + size_t(group) * low_bytes);
+    const size_t group = size_t(i / group_rows);
+    const int r = int(i % group_rows);
+    memset(low + size_t(i) * low_bytes, 0, low_bytes);
+    split_row(group_rows, row, blocks, r, high + group * high_bytes, low + size_t(i) * low_bytes);
     const OutlierCode code = code_outliers(row, outlier_inputs);
-    store_outliers(group_rows, code, r, high_group + blocks * group_rows * 18);
+    store_outliers(group_rows, code, r, outlier + group * outlier_bytes);
     rest_error[i] = float(rest_norm(row, blocks, keep.data()) * kErrorSafety);
     outlier_error[i] = float(code.left_over * kErrorSafety);
     largest = std::max(largest, code.code_norm);

@@ -23,26 +23,20 @@ void pack_rows(int layout, int group_rows, const uint8_t *rows, size_t row_bytes
 
 constexpr int kOutliers = 32;
 
-// Bytes of one group of each plane (kernels.h, HeadPlanes).
-size_t head_high_group_bytes(int group_rows, int64_t cols);
-size_t head_low_group_bytes(int group_rows, int64_t cols);
-
-// Split Q8_0 rows first_row .. first_row + num_rows - 1 (first_row a multiple of group_rows) into the
-// two planes of HeadPlanes, with this algebra. Let plane = d * (16 * (high - 8) + 7.5), so that a
-// weight is plane + e with |e| <= 7.5 d. S is a fixed set of 32 inputs whose activations tend to be
-// large; there e is approximated by c = s * (code - 7.5) with one scale s per row. This is the last
-// block of the high plane. With a' the activations of S requantised to bytes,
+// Split Q8_0 rows into the planes of HeadPlanes, with this algebra. Let plane = d * (16 * high - 120.5), so
+// that a weight is plane + e with |e| <= 7.5 d. S is a fixed set of 32 inputs whose activations tend to be
+// large; there e is approximated by c = s * (code - 7.5) with one scale s per row: the outlier plane. With
+// a' the activations of S requantised to bytes,
 //   logit = <plane, a> + <c, a'> + [ <e_rest, a_rest> + <e_S - c, a_S> + <c, a_S - a'> ]
 // and by Cauchy-Schwarz the bracket is at most
 //   rest_error * ||a_rest|| + outlier_error * ||a_S|| + max ||c|| * ||a_S - a'||.
 // A row whose bound is below some exact logit cannot be the argmax: a proof, not a tolerance.
 // The norms are taken in double and enlarged by 1e-4, which covers the fp32 rounding of the bound.
 //
-// `rows`, rest_error, outlier_error start at first_row; high and low are the whole planes. Rows
-// padded up to a whole group are zero and get no error entry: bound and compare real rows only.
-// Returns the largest ||c||, enlarged likewise.
-float pack_head_planes(int group_rows, const uint8_t *rows, size_t row_bytes, int64_t first_row,
-                       int64_t num_rows, int64_t cols, const int32_t outlier_inputs[kOutliers], uint8_t *high,
-                       uint8_t *low, float *rest_error, float *outlier_error);
+// rest_error, outlier_error [num_rows]. Rows padded up to a whole group are zero and get no error entry:
+// bound and compare real rows only. Returns the largest ||c||, enlarged likewise.
+float pack_head_planes(int group_rows, const uint8_t *rows, size_t row_bytes, int64_t num_rows, int64_t cols,
+                       const int32_t outlier_inputs[kOutliers], uint8_t *high, uint8_t *outlier, uint8_t *low,
+                       float *rest_error, float *outlier_error);
 
 } // namespace hayai

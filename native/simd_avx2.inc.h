@@ -113,6 +113,23 @@ template <int T, int CHUNK> INLINE void nibble_dots(const uint8_t *codes, const 
   UNROLL for (int t = 0; t < T; t++) out[t] = _mm256_madd_epi16(sum[t], ones);
 }
 
+// Two blocks of one row, 16 bytes each: byte j is input j (low nibble) and input 16 + j (high nibble). Eight
+// partial sums a block; ranges as above.
+INLINE void pair_dots(const uint8_t *codes, const int8_t *q, VI *out) {
+  const __m128i mask = _mm_set1_epi8(15);
+  UNROLL for (int i = 0; i < 2; i++) {
+    const __m128i w = _mm_loadu_si128((const __m128i *)(codes + 16 * i));
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(w, 4), mask);
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_and_si128(w, mask)), high, 1);
+    const __m256i dots = _mm256_maddubs_epi16(both, codes_at((const uint8_t *)q + 32 * i));
+    out[i] = _mm256_madd_epi16(dots, _mm256_set1_epi16(1));
+  }
+}
+INLINE void splat_pair(const float *p, V *out) {
+  out[0] = _mm256_broadcast_ss(p);
+  out[1] = _mm256_broadcast_ss(p + 1);
+}
+
 // maddubs wants an unsigned operand: |w| and q * sign(w). Two products of at most 128 * 127 fit 16
 // bits (|q| <= 127), no more than that is added before widening.
 template <int T, int CHUNK>

@@ -99,6 +99,20 @@ INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t tile_byte
   }
 }
 
+// Two blocks of one row, 16 bytes each: byte j is input j (low nibble) and input 16 + j (high nibble). Lanes
+// 0-7 belong to the first.
+INLINE void pair_dots(const uint8_t *codes, const int8_t *q, VI *out) {
+  const __m256i mask = _mm256_set1_epi8(15), w = _mm256_loadu_si256((const __m256i *)codes);
+  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), mask);
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(w, mask)), high, 1);
+  const __m512i ordered = _mm512_shuffle_i64x2(both, both, 0xd8); // low 0, high 0, low 1, high 1
+  out[0] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ordered, codes_at((const uint8_t *)q));
+}
+INLINE void splat_pair(const float *p, V *out) {
+  const __m512 first = _mm512_set1_ps(p[0]);
+  out[0] = _mm512_mask_blend_ps(0xff00, first, _mm512_set1_ps(p[1]));
+}
+
 // -128 * (sum of a token's 32 activations), exactly: with w + 128 as the unsigned operand, this takes the
 // surplus back. One token in a row: in every lane. A tile of four: in the lowest four lanes.
 INLINE __m512i row_correction(const int8_t *q) {

@@ -136,6 +136,26 @@ template <int T, int CHUNK> INLINE void nibble_dots(const uint8_t *codes, const 
   UNROLL for (int t = 0; t < T; t++) out[t] = add_halves(sum[t]);
 }
 
+// Two blocks of one row, 16 bytes each: byte j is input j (low nibble) and input 16 + j (high nibble). Eight
+// partial sums a block, of neighbouring inputs by four.
+INLINE void pair_dots(const uint8_t *codes, const int8_t *q, VI *out) {
+  for (int i = 0; i < 2; i++, codes += 16, q += 32) {
+    for (int lane = 0; lane < 4; lane++) {
+      int32_t low = 0, high = 0;
+      for (int k = 4 * lane; k < 4 * lane + 4; k++) {
+        low += (codes[k] & 15) * q[k];
+        high += (codes[k] >> 4) * q[16 + k];
+      }
+      out[i][lane] = low;
+      out[i][4 + lane] = high;
+    }
+  }
+}
+INLINE void splat_pair(const float *p, V *out) {
+  out[0] = set1(p[0]);
+  out[1] = set1(p[1]);
+}
+
 // Two products of at most 128 * 127 fit 16 bits, so each vector is widened at once.
 template <int T, int CHUNK>
 INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *, int64_t, VI *out) {
