@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from hayai.bench.accuracy import NEAR_TIE, read_text, score
+from hayai.bench.accuracy import NEAR_TIE, excess, read_text, score
 from hayai.bench.inprocess import LogitRunner
 from hayai.cli.bench import command
 from hayai.errors import ConfigError
@@ -58,9 +59,21 @@ def test_the_cpu_backend_predicts_as_float32_does(default_model: Path, tmp_path:
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
-    assert found["num_tokens"] == 191
-    assert 0 < found["kl_mean"] < 0.01
-    assert found["kl_max"] < 0.3
-    assert found["real_disagreements"] <= 191 * 0.01
-    assert found["perplexity"] == pytest.approx(found["reference_perplexity"], rel=0.02)
-    assert NEAR_TIE == 0.2 and "near tie of 0.2" in result.output
+    ours = found["engines"][0]
+    assert (found["num_tokens"], ours["name"]) == (191, "cpu")
+    assert 0 < ours["kl_mean"] < 0.01
+    assert ours["kl_max"] < 0.3
+    assert ours["real_disagreements"] <= 191 * 0.01
+    assert ours["perplexity"] == pytest.approx(found["reference_perplexity"] * (1 + ours["excess"]))
+    assert abs(ours["excess"]) < 0.02
+    assert NEAR_TIE == 0.2 and "near-tie rule (0.2 logits)" in result.output
+
+
+def test_the_error_of_a_perplexity_ratio_shrinks_with_the_text() -> None:
+    rng = np.random.default_rng(3)
+    base = rng.exponential(3.0, 40_000)
+    noise = rng.normal(0.002, 0.08, 40_000)
+    ratio, error = excess(base + noise, base)
+    assert ratio == pytest.approx(math.exp(noise.mean()) - 1)
+    assert error == pytest.approx(0.08 / 200, rel=0.05)
+    assert excess(base, base) == (0.0, 0.0)

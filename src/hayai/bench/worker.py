@@ -7,7 +7,7 @@ are `time.perf_counter()`, one after each token has been *chosen* (argmax over t
 The measured loop is the peer's C API called directly (no sampler objects, no text): batches are filled
 before the clock starts, and the argmax is one numpy call over the peer's own logits buffer.
 
-Commands: hello, load, context, generate, batch, score, quantize, exit. Answers: {"ok": true, ...} or
+Commands: hello, load, context, generate, batch, score, logits, quantize, exit. Answers: {"ok": true, ...} or
 {"ok": false, "error": text}.
 """
 
@@ -188,6 +188,15 @@ class Peer:
             nll.append(row)
         return {"nll": nll}
 
+    def save_logits(self, window: list[int], path: str) -> dict[str, Any]:
+        """Teacher-forced logits (tokens, vocab_size) f32 of a window, written to a .npy file."""
+        self.clear()
+        n = len(window)
+        self.fill(window, list(range(n)), [0] * n, set(range(n)))
+        self.decode()
+        np.save(path, np.stack([self.logits(i) for i in range(n)]))
+        return {"rows": n}
+
     def quantize(self, source: str, target: str, params: dict[str, Any]) -> dict[str, Any]:
         """Requantise a file with the peer's own quantiser."""
         settings = self.api.llama_model_quantize_default_params()
@@ -241,6 +250,7 @@ def answer(peer: Peer, command: dict[str, Any]) -> dict[str, Any]:
         "generate": peer.generate,
         "batch": peer.generate_batch,
         "score": peer.score,
+        "logits": peer.save_logits,
         "quantize": peer.quantize,
     }
     return handlers[op](**command)

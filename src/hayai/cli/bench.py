@@ -151,19 +151,20 @@ def accuracy(
 
 
 def accuracy_lines(result: Accuracy) -> list[str]:
-    """The result in words."""
-    peers = result.peer_perplexity
-    ratio = result.perplexity / result.reference_perplexity - 1.0
+    """The result as a table in plain text."""
     lines = [
-        f"text                 {result.text}, {result.num_tokens} predicted tokens, windows of 512",
-        f"KL(float32 || cpu)   mean {result.kl_mean:.2e}, p99 {result.kl_p99:.2e}, max {result.kl_max:.2e}",
-        f"logit noise          {result.logit_noise:.4f} (root mean square)",
-        f"another argmax       {result.disagreements}, beyond a near tie of 0.2 logits: "
-        f"{result.real_disagreements} (largest gap {result.largest_gap:.3f})",
-        f"top-1 agreement      {result.agreement:.4%} by the near-tie rule",
-        f"perplexity           {result.perplexity:.4f} cpu ({ratio:+.3%} against float32)",
-        f"                     {result.reference_perplexity:.4f} float32",
+        f"{result.text}: {result.num_tokens} predicted tokens, windows of 512; float32 perplexity "
+        f"{result.reference_perplexity:.4f}",
+        f"{'engine':<14}{'KL mean':>10}{'p99':>10}{'max':>10}{'noise':>8}{'argmax differs':>16}"
+        f"{'beyond tie':>12}{'largest gap':>13}{'perplexity':>12}{'against float32':>20}",
     ]
-    for name, value in peers.items():
-        lines.append(f"                     {value:.4f} {name} (ours {result.perplexity / value - 1.0:+.3%})")
+    for e in result.engines:
+        change = f"{e.excess:+.3%} +-{e.excess_error:.3%}"
+        lines.append(
+            f"{e.name:<14}{e.kl_mean:>10.2e}{e.kl_p99:>10.2e}{e.kl_max:>10.2e}{e.noise:>8.3f}"
+            f"{e.disagreements:>16}{e.real_disagreements:>12}{e.largest_gap:>13.3f}{e.perplexity:>12.4f}{change:>20}"
+        )
+    for name, (change_, error) in result.over_peers.items():
+        lines.append(f"our perplexity over {name}'s: {change_:+.3%} +-{error:.3%}")
+    lines.append(f"top-1 agreement by the near-tie rule (0.2 logits): {result.agreement:.4%}")
     return lines
