@@ -98,7 +98,7 @@ INLINE __m256i codes_at(const uint8_t *p) { return _mm256_loadu_si256((const __m
 // so they are added in 16 bits and widened once.
 template <int T, int CHUNK> INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t, VI *out) {
   const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  __m256i sum[T];
+  __m256i sum[T], other[T];
   UNROLL for (int v = 0; v < 4; v++) {
     const __m256i w = codes_at(codes + 32 * v);
     const __m256i low = _mm256_and_si256(w, mask);
@@ -106,10 +106,12 @@ template <int T, int CHUNK> INLINE void nibble_dots(const uint8_t *codes, const 
     UNROLL for (int t = 0; t < T; t++) {
       const int8_t *chunk = q + v * CHUNK + 4 * t;
       const __m256i first = _mm256_maddubs_epi16(low, chunk_of(chunk));
+      const __m256i second = _mm256_maddubs_epi16(high, chunk_of(chunk + 4 * CHUNK));
       sum[t] = v == 0 ? first : _mm256_add_epi16(sum[t], first);
-      sum[t] = _mm256_add_epi16(sum[t], _mm256_maddubs_epi16(high, chunk_of(chunk + 4 * CHUNK)));
+      other[t] = v == 0 ? second : _mm256_add_epi16(other[t], second);
     }
   }
+  UNROLL for (int t = 0; t < T; t++) sum[t] = _mm256_add_epi16(sum[t], other[t]);
   UNROLL for (int t = 0; t < T; t++) out[t] = _mm256_madd_epi16(sum[t], ones);
 }
 
