@@ -156,6 +156,7 @@ int Executor::add_phase(Phase phase) {
     num_ranges_ += 2; // a screened and a full pass may both run in one step
   } else if (phase.kind == PhaseKind::kAttention) {
     phase.attention_phase = attention_count_++;
+    phase.range_index = num_ranges_++;
   }
   phases_.push_back(std::move(phase));
   return int(phases_.size()) - 1;
@@ -166,7 +167,7 @@ void Executor::finish(int64_t vocab) {
   int next = -1;
   for (size_t i = phases_.size(); i-- > 0;) {
     phases_[i].next_weights = next;
-    if (phases_[i].range_index >= 0) next = int(i);
+    if (phases_[i].num_chunks > 0) next = int(i);
   }
   int64_t max_cols = 32, max_chunk = 1, max_heads = 1, max_value = 1, max_per_kv = 1;
   for (const Phase &p : phases_) {
@@ -316,16 +317,22 @@ void Executor::prefetch_next(int thread, const Phase &p) const {
   if (p.next_weights < 0) return;
   const Phase &next = phases_[size_t(p.next_weights)];
   const uint8_t *data = next.head ? next.head->planes.high : next.weight.data;
-  const size_t size = next.head ? group_bytes(kQ4_0, k_.group_rows, next.head->planes.cols) : next.weight.group_bytes;
-  const uint8_t *at = data + size_t(chunk_begin(next, thread) * next.chunk_groups) * size;
+  const size_t size =
+      next.head ? group_bytes(kQ4_0, k_.group_rows, next.head->planes.cols) : next.weight.group_bytes;
+  const uint8_t *at = data + size_t(share_begin(next.num_chunks, thread) * next.chunk_groups) * size;
   for (size_t i = 0; i < kPrefetchNext; i += kCacheLine) __builtin_prefetch(at + i);
+}
+
+int64_t Executor::work_count(const Phase &p) const {
+  return p.kind == PhaseKind::kAttention ? int64_t(units_.size()) * p.num_kv_heads : p.num_chunks;
 }
 
 void Executor::reset_ranges(int thread) {
   // Only a barrier after this may other threads steal from these ranges; the embedding phase ends in one.
   for (const Phase &p : phases_) {
     if (p.range_index < 0) continue;
-    const uint64_t end = uint64_t(chunk_end(p, thread)), next = uint64_t(static_end(p, thread));
+    const int64_t count = work_count(p);
+    const uint64_t end = uint64_t(share_end(count, thread)), next = uint64_t(static_end(count, thread));
     const int passes = p.kind == PhaseKind::kHead ? 2 : 1;
     for (int i = 0; i < passes; i++)
       ranges_[size_t(p.range_index + i) * size_t(pool_.max_threads()) + size_t(thread)].packed.store(

@@ -124,7 +124,7 @@ struct Phase {
   bool merge_here = false; // the reader of `out` can't merge splits itself
   // embed and head
   const ScreenedHead *head = nullptr;
-  int range_index = -1; // linear and head phases: index into the work ranges
+  int range_index = -1;  // linear and head phases: index into the work ranges
   int next_weights = -1; // the next phase that reads weights
 };
 
@@ -208,17 +208,18 @@ private:
   void run_phase(int thread, const Phase &p);
   void reset_ranges(int thread);
   void prefetch_next(int thread, const Phase &p) const;
-  template <class Work> void for_chunks(int thread, const Phase &p, int pass, Work &&work);
-  // A thread's share of a phase's chunks, and the end of the part that nobody may steal.
-  int64_t chunk_begin(const Phase &p, int thread) const { return p.num_chunks * thread / active_; }
-  int64_t chunk_end(const Phase &p, int thread) const {
-    return thread < active_ ? p.num_chunks * (thread + 1) / active_ : 0;
+  template <class Work> void for_chunks(int thread, int range_index, int64_t count, Work &&work);
+  // A thread's share of `count` pieces of work, and the end of the part that nobody may steal.
+  int64_t share_begin(int64_t count, int thread) const { return count * thread / active_; }
+  int64_t share_end(int64_t count, int thread) const {
+    return thread < active_ ? count * (thread + 1) / active_ : 0;
   }
-  int64_t static_end(const Phase &p, int thread) const {
+  int64_t static_end(int64_t count, int thread) const {
     if (thread >= active_) return 0;
-    const int64_t begin = chunk_begin(p, thread);
-    return begin + (chunk_end(p, thread) - begin) * 7 / 10;
+    const int64_t begin = share_begin(count, thread);
+    return begin + (share_end(count, thread) - begin) * 7 / 10;
   }
+  int64_t work_count(const Phase &p) const;
 
   void linear(int thread, const Phase &p);
   void linear_one(int thread, const Phase &p);
@@ -230,6 +231,7 @@ private:
   uint8_t *page_of(const Phase &p, int token, int head) const;
   void store_kv(const Phase &p, int token, int head, int dim, int dims, const float *y, bool key);
   void attention(int thread, const Phase &p);
+  void attend_unit(int thread, const Phase &p, const Unit &u, int head);
   void plan_units();
   void plan_rows();
   void merge_token(const Phase &p, int token, float *y) const;
@@ -283,6 +285,7 @@ private:
   int64_t step_count_ = 0;
   std::vector<int32_t> seq_of_token_;
   std::vector<Unit> units_;
+  bool by_split_ = false;              // few single tokens: attention is cut by splits, in cache order
   std::vector<int32_t> part_of_token_; // first partial of a token's attention, -1: merged already
   alignas(64) std::atomic<int> next_unit_[2] = {};
   int attention_count_ = 0;

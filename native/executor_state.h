@@ -104,14 +104,14 @@ struct Executor::HeadRow {
 // takes the rest of its share from the front, then its neighbours' from the back. Owner and thief both
 // keep reading linearly. One core is often some per cent slower than another; without stealing that is
 // waiting time in every phase (measured 0.1 to 0.2 ms per token; docs/log.md).
-template <class Work> void Executor::for_chunks(int thread, const Phase &p, int pass, Work &&work) {
+template <class Work> void Executor::for_chunks(int thread, int range_index, int64_t count, Work &&work) {
   if (active_ == 1) {
-    for (int64_t i = 0; i < p.num_chunks; i++) work(i);
+    for (int64_t i = 0; i < count; i++) work(i);
     return;
   }
-  const int64_t fixed = static_end(p, thread);
-  for (int64_t i = chunk_begin(p, thread); i < fixed; i++) work(i);
-  WorkRange *ranges = &ranges_[size_t(p.range_index + pass) * size_t(pool_.max_threads())];
+  const int64_t fixed = static_end(count, thread);
+  for (int64_t i = share_begin(count, thread); i < fixed; i++) work(i);
+  WorkRange *ranges = &ranges_[size_t(range_index) * size_t(pool_.max_threads())];
   for (int64_t i; (i = take(ranges[thread], true)) >= 0;) work(i);
   for (int other = 1; other < active_; other++)
     for (int64_t i; (i = take(ranges[(thread + other) % active_], false)) >= 0;) work(i);

@@ -186,7 +186,7 @@ void Executor::screened_pass(int thread, const Phase &p) {
   HeadRow *best = &head_rows_[size_t(thread) * size_t(max_rows_)];
   for (size_t i = 0; i < rows; i++) best[i] = {-INFINITY, -INFINITY, 0};
   const int64_t ldy = int64_t(round_up(size_t(p.chunk_groups * k_.group_rows), 16));
-  for_chunks(thread, p, 0, [&](int64_t chunk) {
+  for_chunks(thread, p.range_index, p.num_chunks, [&](int64_t chunk) {
     const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, head.groups - first);
     const int64_t first_row = first * k_.group_rows;
     const int64_t n = std::min(groups * k_.group_rows, head.vocab - first_row); // padding rows are left out
@@ -304,7 +304,7 @@ void Executor::full_pass(int thread, const Phase &p) {
     prepare_plain(thread, p);
   const size_t rows = full_rows_.size();
   const int64_t total_groups = p.head ? p.head->groups : p.weight.groups;
-  for_chunks(thread, p, 1, [&](int64_t chunk) {
+  for_chunks(thread, p.range_index + 1, p.num_chunks, [&](int64_t chunk) {
     const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, total_groups - first);
     const int64_t first_row = first * k_.group_rows, n = std::min(groups * k_.group_rows, vocab_ - first_row);
     if (p.head)

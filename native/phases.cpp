@@ -55,7 +55,7 @@ void Executor::linear_one(int thread, const Phase &p) {
     }
   }
   const auto gemv = k_.gemv[p.weight.layout];
-  for_chunks(thread, p, 0, [&](int64_t chunk) {
+  for_chunks(thread, p.range_index, p.num_chunks, [&](int64_t chunk) {
     const int64_t first = chunk * p.chunk_groups;
     const int64_t groups = std::min(p.chunk_groups, p.weight.groups - first);
     gemv(p.weight.data + size_t(first) * p.weight.group_bytes, groups, p.weight.cols, a, s.y);
@@ -91,7 +91,7 @@ void Executor::linear_many(int thread, const Phase &p) {
   }
   const auto gemm = k_.gemm[p.weight.layout];
   const int64_t ldy = int64_t(round_up(size_t(p.chunk_groups * k_.group_rows), 16));
-  for_chunks(thread, p, 0, [&](int64_t chunk) {
+  for_chunks(thread, p.range_index, p.num_chunks, [&](int64_t chunk) {
     const int64_t first = chunk * p.chunk_groups;
     const int64_t groups = std::min(p.chunk_groups, p.weight.groups - first);
     const uint8_t *w = p.weight.data + size_t(first) * p.weight.group_bytes;
@@ -207,13 +207,13 @@ void Executor::plan_units() {
   int kv_heads = 1;
   for (const Phase &p : phases_)
     if (p.kind == PhaseKind::kAttention) kv_heads = p.num_kv_heads;
-  const bool by_split = a.num_tokens == a.num_seqs && a.num_seqs * kv_heads < 4 * active_;
+  by_split_ = a.num_tokens == a.num_seqs && a.num_seqs * kv_heads < 4 * active_;
   int32_t part = 0;
   for (int s = 0; s < a.num_seqs; s++) {
     for (int32_t t = a.query_start[s]; t < a.query_start[s + 1]; t += kMaxQueryBlock) {
       const int32_t n = std::min(kMaxQueryBlock, a.query_start[s + 1] - t), position = a.positions[t];
       const int32_t splits = (position + n - 1) / kSplitPositions + 1;
-      const bool parts = by_split && part + splits <= part_capacity_;
+      const bool parts = by_split_ && part + splits <= part_capacity_;
       for (int32_t i = 0; i < n; i++) part_of_token_[size_t(t + i)] = parts ? part : -1;
       const int32_t step = parts ? (splits > 32 ? 4 : 1) : splits;
       for (int32_t first = 0; first < splits; first += step)
@@ -222,64 +222,74 @@ void Executor::plan_units() {
     }
   }
   // The longest units first: the last ones to be claimed decide how long threads wait.
-  std::sort(units_.begin(), units_.end(), [](const Unit &x, const Unit &y) {
-    return x.last_split - x.first_split > y.last_split - y.first_split;
-  });
+  if (!by_split_)
+    std::sort(units_.begin(), units_.end(), [](const Unit &x, const Unit &y) {
+      return x.last_split - x.first_split > y.last_split - y.first_split;
+    });
 }
 
 void Executor::attention(int thread, const Phase &p) {
-  if (thread == 0) next_unit_[(p.attention_phase + 1) & 1].store(0, std::memory_order_relaxed);
-  std::atomic<int> &next = next_unit_[p.attention_phase & 1];
-  ThreadState &s = *threads_[size_t(thread)];
-  const KvGroup &g = *groups_[size_t(p.group)];
-  const int per_kv = p.num_heads / p.num_kv_heads, tasks = int(units_.size()) * p.num_kv_heads;
-  for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-    const Unit &u = units_[size_t(task / p.num_kv_heads)];
-    const int head = task % p.num_kv_heads, first_query_head = head * per_kv;
-    AttendArgs a{};
-    a.q = p.x.data + u.token * p.x.stride + int64_t(first_query_head) * p.head_dim;
-    a.q_stride = p.x.stride;
-    a.num_queries = u.num_queries;
-    a.heads_per_kv = per_kv;
-    a.head_dim = p.head_dim;
-    a.value_dim = p.value_dim;
-    a.first_position = u.position;
-    a.window = p.window;
-    a.pages = g.head_pages(p.layer, head);
-    a.block_table = args_->tables[size_t(p.group)] + int64_t(u.seq) * args_->table_stride;
-    a.block_stride = g.block_stride;
-    a.scale = p.scale;
-    a.softcap = p.softcap;
-    a.scratch = s.attend;
-    if (u.part >= 0) {
-      for (int split = u.first_split; split < u.last_split; split++) {
-        const int64_t at = int64_t(u.part + split) * p.num_heads + first_query_head;
-        a.first_split = split;
-        a.last_split = split + 1;
-        a.out = parts_ + at * p.value_dim;
-        a.out_stride = int64_t(per_kv) * p.value_dim;
-        a.stats = part_stats_ + at * 2;
-        k_.attend(a);
-      }
-      continue;
-    }
-    // Splits that lie wholly before the window of the first query are nobody's.
-    const int oldest = p.window > 0 ? std::max(0, u.position - p.window + 1) : 0;
-    a.first_split = oldest / kSplitPositions;
-    a.last_split = u.last_split;
-    a.out = s.attend_out;
-    a.out_stride = int64_t(per_kv) * p.value_dim;
-    a.stats = s.attend_stats;
-    k_.attend(a);
-    for (int i = 0; i < u.num_queries; i++)
-      k_.attend_merge(a.out + i * a.out_stride, a.stats + int64_t(i) * per_kv * 2, 1, per_kv, p.value_dim,
-                      p.sinks ? p.sinks + first_query_head : nullptr,
-                      p.out.data + (u.token + i) * p.out.stride + int64_t(first_query_head) * p.value_dim);
+  if (by_split_) {
+    // Head by head, a thread's splits following each other: each split prefetches the next one.
+    const int64_t units = int64_t(units_.size());
+    for_chunks(thread, p.range_index, work_count(p), [&](int64_t task) {
+      attend_unit(thread, p, units_[size_t(task % units)], int(task / units));
+    });
+  } else {
+    if (thread == 0) next_unit_[(p.attention_phase + 1) & 1].store(0, std::memory_order_relaxed);
+    std::atomic<int> &next = next_unit_[p.attention_phase & 1];
+    const int tasks = int(work_count(p));
+    for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      attend_unit(thread, p, units_[size_t(task / p.num_kv_heads)], task % p.num_kv_heads);
   }
   if (!p.merge_here) return;
   pool_.barrier(thread);
   for (int token = thread; token < args_->num_tokens; token += active_)
     if (part_of_token_[size_t(token)] >= 0) merge_token(p, token, p.out.data + token * p.out.stride);
+}
+
+void Executor::attend_unit(int thread, const Phase &p, const Unit &u, int head) {
+  ThreadState &s = *threads_[size_t(thread)];
+  const KvGroup &g = *groups_[size_t(p.group)];
+  const int per_kv = p.num_heads / p.num_kv_heads, first_query_head = head * per_kv;
+  AttendArgs a{};
+  a.q = p.x.data + u.token * p.x.stride + int64_t(first_query_head) * p.head_dim;
+  a.q_stride = p.x.stride;
+  a.num_queries = u.num_queries;
+  a.heads_per_kv = per_kv;
+  a.head_dim = p.head_dim;
+  a.value_dim = p.value_dim;
+  a.first_position = u.position;
+  a.window = p.window;
+  a.pages = g.head_pages(p.layer, head);
+  a.block_table = args_->tables[size_t(p.group)] + int64_t(u.seq) * args_->table_stride;
+  a.block_stride = g.block_stride;
+  a.scale = p.scale;
+  a.softcap = p.softcap;
+  a.scratch = s.attend;
+  a.out_stride = int64_t(per_kv) * p.value_dim;
+  if (u.part >= 0) {
+    for (int split = u.first_split; split < u.last_split; split++) {
+      const int64_t at = int64_t(u.part + split) * p.num_heads + first_query_head;
+      a.first_split = split;
+      a.last_split = split + 1;
+      a.out = parts_ + at * p.value_dim;
+      a.stats = part_stats_ + at * 2;
+      k_.attend(a);
+    }
+    return;
+  }
+  // Splits that lie wholly before the window of the first query are nobody's.
+  const int oldest = p.window > 0 ? std::max(0, u.position - p.window + 1) : 0;
+  a.first_split = oldest / kSplitPositions;
+  a.last_split = u.last_split;
+  a.out = s.attend_out;
+  a.stats = s.attend_stats;
+  k_.attend(a);
+  for (int i = 0; i < u.num_queries; i++)
+    k_.attend_merge(a.out + i * a.out_stride, a.stats + int64_t(i) * per_kv * 2, 1, per_kv, p.value_dim,
+                    p.sinks ? p.sinks + first_query_head : nullptr,
+                    p.out.data + (u.token + i) * p.out.stride + int64_t(first_query_head) * p.value_dim);
 }
 
 // The attention output of a token whose splits were written apart.
