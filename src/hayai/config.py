@@ -42,9 +42,7 @@ def read_environment(env: Mapping[str, str] | None = None) -> Environment:
         raise ConfigError(f"HAYAI_ISA must be scalar, avx2 or avx512: {isa!r}")
     data = env.get("HAYAI_DATA")
     home = env.get("HAYAI_HOME") or str(Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hayai")
-    return Environment(
-        Path(home), int(threads) if threads else None, isa, Path(data) if data else None
-    )
+    return Environment(Path(home), int(threads) if threads else None, isa, Path(data) if data else None)
 
 
 @dataclass(frozen=True)
