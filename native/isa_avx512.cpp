@@ -4,15 +4,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include <cstring>
-
-#include "half.h"
-#include "kernels.h"
-
-#define INLINE static inline __attribute__((always_inline))
-#define INLINE_MEMBER inline __attribute__((always_inline))
-// Register tiles are arrays indexed by constants: without full unrolling they would live in memory.
-#define UNROLL _Pragma("GCC unroll 32")
+#include "isa.h"
 
 namespace hayai {
 namespace avx512 {
