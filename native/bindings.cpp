@@ -58,14 +58,13 @@ NormSpec norm_spec(Executor &e, int weight, float offset, float eps) {
 Buffer buffer_or_none(Executor &e, int id) { return id < 0 ? Buffer{} : e.buffer(id); }
 
 int add_linear(Executor &e, int weight, int x, std::vector<std::tuple<int, int64_t>> outs,
-               int64_t chunk_groups, const std::string &epilogue, int attention, bool quantised, int norm,
-               float norm_offset, float norm_eps, int bias, int act, bool glu_quantise, float glu_factor) {
+               int64_t chunk_groups, const std::string &epilogue, bool quantised, int norm, float norm_offset,
+               float norm_eps, int bias, int act, bool glu_quantise, float glu_factor) {
   Phase p;
   p.kind = PhaseKind::kLinear;
   p.weight = e.weight(weight);
   p.x = buffer_or_none(e, x);
-  p.input = attention >= 0 ? InputKind::kAttention : quantised ? InputKind::kQuantised : InputKind::kBuffer;
-  p.attention_phase = attention;
+  p.input = quantised ? InputKind::kQuantised : InputKind::kBuffer;
   p.norm = norm_spec(e, norm, norm_offset, norm_eps);
   p.bias = e.vector(bias);
   p.chunk_groups = chunk_groups;
@@ -117,8 +116,7 @@ int add_qkv(Executor &e, int weight, int x, int norm, float norm_offset, float n
 }
 
 int add_attention(Executor &e, int q, int out, int group, int layer, int num_heads, int num_kv_heads,
-                  int head_dim, int value_dim, float scale, float softcap, int window, int sinks,
-                  bool merge_here) {
+                  int head_dim, int value_dim, float scale, float softcap, int window, int sinks) {
   Phase p;
   p.kind = PhaseKind::kAttention;
   p.x = e.buffer(q);
@@ -133,7 +131,6 @@ int add_attention(Executor &e, int q, int out, int group, int layer, int num_hea
   p.softcap = softcap;
   p.window = window;
   p.sinks = e.vector(sinks);
-  p.merge_here = merge_here;
   return e.add_phase(std::move(p));
 }
 
@@ -325,14 +322,13 @@ NB_MODULE(_native, m) {
            "num_blocks"_a)
       .def("add_embed", &add_embed, "weight"_a, "head"_a, "out"_a, "scale"_a)
       .def("add_linear", &add_linear, "weight"_a, "x"_a, "outs"_a, "chunk_groups"_a, "epilogue"_a,
-           "attention"_a = -1, "quantised"_a = false, "norm"_a = -1, "norm_offset"_a = 0.f,
-           "norm_eps"_a = 0.f, "bias"_a = -1, "act"_a = 0, "glu_quantise"_a = false, "glu_factor"_a = 1.f)
+           "quantised"_a = false, "norm"_a = -1, "norm_offset"_a = 0.f, "norm_eps"_a = 0.f, "bias"_a = -1,
+           "act"_a = 0, "glu_quantise"_a = false, "glu_factor"_a = 1.f)
       .def("add_qkv", &add_qkv, "weight"_a, "x"_a, "norm"_a, "norm_offset"_a, "norm_eps"_a, "bias"_a,
            "q_out"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "value_dim"_a, "rope"_a, "q_norm"_a,
            "k_norm"_a, "head_norm_offset"_a, "head_norm_eps"_a, "group"_a, "layer"_a, "chunk_groups"_a)
       .def("add_attention", &add_attention, "q"_a, "out"_a, "group"_a, "layer"_a, "num_heads"_a,
-           "num_kv_heads"_a, "head_dim"_a, "value_dim"_a, "scale"_a, "softcap"_a, "window"_a, "sinks"_a,
-           "merge_here"_a)
+           "num_kv_heads"_a, "head_dim"_a, "value_dim"_a, "scale"_a, "softcap"_a, "window"_a, "sinks"_a)
       .def("add_lm_head", &add_lm_head, "weight"_a, "head"_a, "x"_a, "norm"_a, "norm_offset"_a, "norm_eps"_a,
            "softcap"_a, "chunk_groups"_a)
       .def("add_plain", &add_plain, "kind"_a, "x"_a, "y"_a = -1, "out"_a = -1, "weight"_a = -1, "bias"_a = -1,

@@ -201,6 +201,8 @@ void Executor::finish(int64_t vocab) {
     store.ldx = max_cols;
   }
   part_capacity_ = 2 * (max_context_ / kSplitPositions + 1) + 64;
+  for (auto &done : splits_done_)
+    done = std::vector<std::atomic<int>>(size_t(4 * pool_.max_threads() + max_heads));
   parts_region_ = Region(size_t(part_capacity_) * size_t(max_heads) * size_t(max_value + 2) * sizeof(float) +
                              2 * kCacheLine,
                          false);
@@ -216,7 +218,6 @@ void Executor::finish(int64_t vocab) {
   for (int t = 0; t < pool_.max_threads(); t++)
     threads_.push_back(std::make_unique<ThreadState>(k_, max_cols, int64_t(tokens), max_chunk, max_per_kv,
                                                      max_value, vocab));
-  part_of_token_.resize(tokens);
   seq_of_token_.resize(tokens);
   head_rows_.resize(size_t(pool_.max_threads()) * size_t(max_rows_));
   thresholds_ = std::vector<std::atomic<float>>(size_t(max_rows_));
@@ -294,7 +295,10 @@ void Executor::step(const StepArgs &args) {
 
 void Executor::run_thread(int thread) {
   reset_ranges(thread);
-  if (thread == 0) next_unit_[0].store(0, std::memory_order_relaxed);
+  if (thread == 0) {
+    next_unit_[0].store(0, std::memory_order_relaxed);
+    for (std::atomic<int> &done : splits_done_[0]) done.store(0, std::memory_order_relaxed);
+  }
   for (const Phase &p : phases_) run_phase(thread, p);
 }
 

@@ -88,7 +88,7 @@ enum class PhaseKind {
   kCopy,
 };
 enum class Epilogue { kStore, kAdd, kGlu, kQkv };
-enum class InputKind { kBuffer, kAttention, kQuantised };
+enum class InputKind { kBuffer, kQuantised };
 
 struct Segment {
   int64_t rows = 0;
@@ -102,7 +102,7 @@ struct Phase {
   Buffer x, y, out; // inputs and output
   // linear and head
   InputKind input = InputKind::kBuffer;
-  int attention_phase = -1;
+  int attention_phase = -1; // of an attention phase: how many came before it
   NormSpec norm;
   Weight weight;
   const float *bias = nullptr;
@@ -121,7 +121,6 @@ struct Phase {
   float scale = 1, softcap = 0;
   int window = 0;
   const float *sinks = nullptr;
-  bool merge_here = false; // the reader of `out` can't merge splits itself
   // embed and head
   const ScreenedHead *head = nullptr;
   int range_index = -1;  // linear and head phases: index into the work ranges
@@ -234,7 +233,9 @@ private:
   void attend_unit(int thread, const Phase &p, const Unit &u, int head);
   void plan_units();
   void plan_rows();
-  void merge_token(const Phase &p, int token, float *y) const;
+  void attend_splits(int thread, const Phase &p);
+  int64_t part_row(const Phase &p, const Unit &u, int head, int split) const;
+  void merge_head(const Phase &p, const Unit &u, int head) const;
   void elementwise(int thread, const Phase &p);
   void elementwise_token(const Phase &p, int token);
   void lm_head(int thread, const Phase &p);
@@ -285,9 +286,9 @@ private:
   int64_t step_count_ = 0;
   std::vector<int32_t> seq_of_token_;
   std::vector<Unit> units_;
-  bool by_split_ = false;              // few single tokens: attention is cut by splits, in cache order
-  std::vector<int32_t> part_of_token_; // first partial of a token's attention, -1: merged already
+  bool by_split_ = false; // few single tokens: attention is cut by splits, in cache order
   alignas(64) std::atomic<int> next_unit_[2] = {};
+  std::vector<std::atomic<int>> splits_done_[2]; // per sequence and kv head, of every other attention phase
   int attention_count_ = 0;
   Region parts_region_;
   float *parts_ = nullptr, *part_stats_ = nullptr;

@@ -20,10 +20,6 @@ int64_t tiles_of(int tokens) { return (tokens + kTileTokens - 1) / kTileTokens; 
 const float *Executor::input_row(int thread, const Phase &p, int token) {
   ThreadState &s = *threads_[size_t(thread)];
   const float *x = p.x.data + token * p.x.stride;
-  if (p.input == InputKind::kAttention && part_of_token_[size_t(token)] >= 0) {
-    merge_token(phases_[size_t(p.attention_phase)], token, s.row2);
-    x = s.row2;
-  }
   if (p.norm.weight) {
     k_.rms_norm(x, p.norm.weight, p.norm.offset, p.norm.eps, p.weight.cols, s.row);
     x = s.row;
@@ -214,7 +210,6 @@ void Executor::plan_units() {
       const int32_t n = std::min(kMaxQueryBlock, a.query_start[s + 1] - t), position = a.positions[t];
       const int32_t splits = (position + n - 1) / kSplitPositions + 1;
       const bool parts = by_split_ && part + splits <= part_capacity_;
-      for (int32_t i = 0; i < n; i++) part_of_token_[size_t(t + i)] = parts ? part : -1;
       const int32_t step = parts ? (splits > 32 ? 4 : 1) : splits;
       for (int32_t first = 0; first < splits; first += step)
         units_.push_back({s, t, n, position, first, std::min(first + step, splits), parts ? part : -1});
@@ -230,22 +225,56 @@ void Executor::plan_units() {
 
 void Executor::attention(int thread, const Phase &p) {
   if (by_split_) {
-    // Head by head, a thread's splits following each other: each split prefetches the next one.
-    const int64_t units = int64_t(units_.size());
-    for_chunks(thread, p.range_index, work_count(p), [&](int64_t task) {
-      attend_unit(thread, p, units_[size_t(task % units)], int(task / units));
-    });
-  } else {
-    if (thread == 0) next_unit_[(p.attention_phase + 1) & 1].store(0, std::memory_order_relaxed);
-    std::atomic<int> &next = next_unit_[p.attention_phase & 1];
-    const int tasks = int(work_count(p));
-    for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-      attend_unit(thread, p, units_[size_t(task / p.num_kv_heads)], task % p.num_kv_heads);
+    attend_splits(thread, p);
+    return;
   }
-  if (!p.merge_here) return;
-  pool_.barrier(thread);
-  for (int token = thread; token < args_->num_tokens; token += active_)
-    if (part_of_token_[size_t(token)] >= 0) merge_token(p, token, p.out.data + token * p.out.stride);
+  if (thread == 0) next_unit_[(p.attention_phase + 1) & 1].store(0, std::memory_order_relaxed);
+  std::atomic<int> &next = next_unit_[p.attention_phase & 1];
+  const int tasks = int(work_count(p));
+  for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+    attend_unit(thread, p, units_[size_t(task / p.num_kv_heads)], task % p.num_kv_heads);
+}
+
+// Head by head, a thread's splits following each other, because each split prefetches the next one. Who
+// finishes the last split of a head merges it.
+void Executor::attend_splits(int thread, const Phase &p) {
+  const int parity = p.attention_phase & 1;
+  if (thread == 0)
+    for (std::atomic<int> &done : splits_done_[1 - parity]) done.store(0, std::memory_order_relaxed);
+  const Unit *unit = nullptr;
+  int head = 0, finished = 0;
+  auto report = [&] {
+    if (!unit) return;
+    const int splits = unit->position / kSplitPositions + 1;
+    std::atomic<int> &done = splits_done_[parity][size_t(unit->seq * p.num_kv_heads + head)];
+    if (done.fetch_add(finished, std::memory_order_acq_rel) + finished == splits) merge_head(p, *unit, head);
+    finished = 0;
+  };
+  const int64_t units = int64_t(units_.size());
+  for_chunks(thread, p.range_index, work_count(p), [&](int64_t task) {
+    const Unit &next = units_[size_t(task % units)];
+    const int next_head = int(task / units);
+    if (unit && (next_head != head || next.seq != unit->seq)) report();
+    unit = &next;
+    head = next_head;
+    attend_unit(thread, p, next, next_head);
+    finished += next.last_split - next.first_split;
+  });
+  report();
+}
+
+// Partial states lie [token][kv head][split][query head of the kv head].
+int64_t Executor::part_row(const Phase &p, const Unit &u, int head, int split) const {
+  const int64_t per_kv = p.num_heads / p.num_kv_heads, splits = u.position / kSplitPositions + 1;
+  return int64_t(u.part) * p.num_heads + (head * splits + split) * per_kv;
+}
+
+void Executor::merge_head(const Phase &p, const Unit &u, int head) const {
+  const int per_kv = p.num_heads / p.num_kv_heads, first_query_head = head * per_kv;
+  const int64_t at = part_row(p, u, head, 0);
+  k_.attend_merge(parts_ + at * p.value_dim, part_stats_ + at * 2, u.position / kSplitPositions + 1, per_kv,
+                  p.value_dim, p.sinks ? p.sinks + first_query_head : nullptr,
+                  p.out.data + u.token * p.out.stride + int64_t(first_query_head) * p.value_dim);
 }
 
 void Executor::attend_unit(int thread, const Phase &p, const Unit &u, int head) {
@@ -270,7 +299,7 @@ void Executor::attend_unit(int thread, const Phase &p, const Unit &u, int head) 
   a.out_stride = int64_t(per_kv) * p.value_dim;
   if (u.part >= 0) {
     for (int split = u.first_split; split < u.last_split; split++) {
-      const int64_t at = int64_t(u.part + split) * p.num_heads + first_query_head;
+      const int64_t at = part_row(p, u, head, split);
       a.first_split = split;
       a.last_split = split + 1;
       a.out = parts_ + at * p.value_dim;
@@ -290,14 +319,6 @@ void Executor::attend_unit(int thread, const Phase &p, const Unit &u, int head) 
     k_.attend_merge(a.out + i * a.out_stride, a.stats + int64_t(i) * per_kv * 2, 1, per_kv, p.value_dim,
                     p.sinks ? p.sinks + first_query_head : nullptr,
                     p.out.data + (u.token + i) * p.out.stride + int64_t(first_query_head) * p.value_dim);
-}
-
-// The attention output of a token whose splits were written apart.
-void Executor::merge_token(const Phase &p, int token, float *y) const {
-  const int64_t at = int64_t(part_of_token_[size_t(token)]) * p.num_heads;
-  const int splits = args_->positions[token] / kSplitPositions + 1;
-  k_.attend_merge(parts_ + at * p.value_dim, part_stats_ + at * 2, splits, p.num_heads, p.value_dim, p.sinks,
-                  y);
 }
 
 // ---------------------------------------------------------------- ops on their own

@@ -74,7 +74,6 @@ class ProgramBuilder:
         self._tensors: dict[str, QuantTensor] = {}
         self._ropes: dict[object, int] = {}
         self._screened: dict[str, int] = {}
-        self._attention: dict[str, int] = {}  # buffer -> the attention phase that writes it, unmerged
         self._quantised: str | None = None  # buffer that lies quantised in the executor's own store
 
     # ------------------------------------------------------------ weights
@@ -231,7 +230,7 @@ class ProgramBuilder:
         elif isinstance(phase, match.LinearPhase):
             self._linear(phase, following)
         elif isinstance(phase, match.AttentionPhase):
-            self._attend(phase.op, following)
+            self._attend(phase.op)
         elif isinstance(phase, match.HeadPhase):
             self._head(phase)
         else:
@@ -319,8 +318,6 @@ class ProgramBuilder:
             self._quantised = None  # the next layer's buffer of this name may lie in plain floats
             return {**fields, "x": -1, "quantised": True}
         fields["x"] = self.buffer(source)
-        if source in self._attention:
-            fields["attention"] = self._attention.pop(source)
         return fields
 
     def _store(self, linear: ops.Linear, norm: ops.RmsNorm | None, add_to: str | None = None) -> None:
@@ -378,20 +375,13 @@ class ProgramBuilder:
         writers = sum(buffer in op.names("writes") for op in self.plan.ops)
         return layout if readers <= writers else None
 
-    def _attend(self, op: ops.Attention, following: match.Phase | None) -> None:
-        merged_by_reader = (
-            isinstance(following, match.LinearPhase)
-            and following.norm is None
-            and following.linear.x == op.out
-        )
-        phase = self.executor.add_attention(
+    def _attend(self, op: ops.Attention) -> None:
+        self.executor.add_attention(
             q=self.buffer(op.q), out=self.buffer(op.out), group=self.groups[op.group], layer=op.layer,
             num_heads=op.num_heads, num_kv_heads=op.num_kv_heads, head_dim=op.head_dim,
             value_dim=op.value_dim, scale=op.scale, softcap=op.softcap, window=op.window,
-            sinks=self.vector(op.sinks), merge_here=not merged_by_reader,
+            sinks=self.vector(op.sinks),
         )  # fmt: skip
-        if merged_by_reader:
-            self._attention[op.out] = phase
 
     def _head(self, phase: match.HeadPhase) -> None:
         norm_slot = phase.norm.weight if phase.norm is not None else None
