@@ -243,17 +243,16 @@ static float exp_sum(const float *x, int64_t n, float max, float factor, float *
 }
 
 static uint64_t read_bytes(const uint8_t *p, size_t n) {
-  VFI sums[4];
-  for (int i = 0; i < 4; i++) sums[i] = bits(splat(0));
+  constexpr int kVectors = 4 * kParts; // 256 bytes per turn
+  VI sums[kVectors];
+  UNROLL for (int i = 0; i < kVectors; i++) sums[i] = bits(set1(0));
   size_t at = 0;
   for (; at + 256 <= n; at += 256) {
-    for (int i = 0; i < 4; i++) {
-      VF v;
-      memcpy(&v, p + at + 64 * i, sizeof v);
-      sums[i] = add_int(sums[i], bits(v));
-    }
+    const float *from = (const float *)(p + at);
+    UNROLL for (int i = 0; i < kVectors; i++) sums[i] = add_int(sums[i], bits(load(from + kG * i)));
   }
-  uint64_t total = uint32_t(sum_lanes_int(add_int(add_int(sums[0], sums[1]), add_int(sums[2], sums[3]))));
+  uint64_t total = 0;
+  for (int i = 0; i < kVectors; i++) total += uint32_t(reduce_add_int(sums[i]));
   for (; at < n; at++) total += p[at];
   return total;
 }
