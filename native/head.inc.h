@@ -19,7 +19,8 @@ INLINE float low_part(const LowRow &row, int64_t blocks, const int8_t *q, const 
   VF products = splat(0), offsets = splat(0);
   for (int64_t first = 0; first < blocks; first += 16) {
     const int64_t n = blocks - first < 16 ? blocks - first : 16;
-    const VF d = load16_f16_n((const uint16_t *)(row.scales + 2 * first), int(n));
+    const uint16_t *half = (const uint16_t *)(row.scales + 2 * first);
+    const VF d = n == 16 ? load16_f16(half) : load16_f16_n(half, int(n));
     alignas(64) float ds[16];
     store16(ds, mul(d, load_left(scale + first, n)));
     offsets = fma(d, load_left(off + first, n), offsets);

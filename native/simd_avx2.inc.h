@@ -60,6 +60,10 @@ INLINE int32_t reduce_max_int(VI v) {
 
 INLINE V load_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE V load_f16_n(const void *p, int n) {
+  if (n % 2 == 0) { // whole pairs: a masked load of 32-bit lanes
+    const __m128i pairs = _mm_cmpgt_epi32(_mm_set1_epi32(n / 2), _mm_setr_epi32(0, 1, 2, 3));
+    return _mm256_cvtph_ps(_mm_maskload_epi32((const int *)p, pairs));
+  }
   alignas(16) uint16_t half[kG] = {};
   memcpy(half, p, 2 * size_t(n));
   return load_f16(half);
