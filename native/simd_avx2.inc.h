@@ -151,8 +151,9 @@ INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *, int6
   }
 }
 
-// Bytes. Measured on Zen 3, from memory: 1024-2048 are level, 4096 costs 5 %, none at all costs 10 %.
-constexpr size_t kPrefetchDistance = 1536;
+// Bytes. Measured on Zen 3, from memory: 1024-2048 are level, 4096 costs 5 %, none at all costs 10 %. The far
+// end of the level range, because faster memory wants more (simd_avx512.inc.h).
+constexpr size_t kPrefetchDistance = 2048;
 constexpr int kMaxTileTokens = 4; // tokens per integer tile
 constexpr int kFloatGroups = 3, kFloatTokens = 4;
 constexpr int kScoreRows = 3, kScorePages = 2; // attention register blocks
