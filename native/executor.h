@@ -191,6 +191,10 @@ private:
   struct Unit; // a piece of attention work
   struct HeadRow;
   struct HeadInput;
+  struct Candidate {
+    int64_t row;
+    float bound, high;
+  };
 
   // Quantised inputs. store 0: filled by a phase's prologue (many tokens); store 1: by a GLU epilogue.
   struct ActStore {
@@ -248,7 +252,9 @@ private:
   void low_parts(int thread, const Phase &p, size_t i, const int64_t *rows, int64_t n, float *y);
   void screened_pass(int thread, const Phase &p);
   void rescore(int thread, const Phase &p);
-  void score_candidates(int thread, const Phase &p, size_t i, const int64_t *candidates, size_t n);
+  static void collect_candidates(const float *bound, const float *high, int64_t begin, int64_t end,
+                                 float threshold, std::vector<Candidate> &found);
+  void score_candidates(int thread, const Phase &p, size_t i, const Candidate *candidates, size_t n);
   void full_pass(int thread, const Phase &p);
   void prepare_plain(int thread, const Phase &p);
   void plain_logits(int thread, const Phase &p, int64_t first, int64_t groups);

@@ -36,7 +36,7 @@ struct Executor::ThreadState {
   uint8_t *gemm = nullptr;
   float *attend = nullptr, *attend_out = nullptr, *attend_stats = nullptr;
   float *zeros = nullptr;
-  std::vector<int64_t> candidates;     // of all screened rows, one after the other
+  std::vector<Candidate> candidates;   // of all screened rows, one after the other
   std::vector<size_t> candidate_start; // where each row's begin
   HeadInput head;
   Sampler::Scratch sampler;

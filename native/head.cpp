@@ -15,7 +15,7 @@ namespace {
 
 constexpr float kNormSlack = 1.0001f; // room for fp32 rounding of the norms themselves
 constexpr float kChainRounding = 1.6e-5f;
-constexpr size_t kCandidateBatch = 16;
+constexpr size_t kCandidateBatch = 64;
 constexpr float kLowZero = -7.5f, kHighZero = -120.5f; // kernels.h, HeadPlanes
 
 } // namespace
@@ -225,9 +225,11 @@ void Executor::low_parts(int thread, const Phase &p, size_t i, const int64_t *ro
   k_.head_low(p.head->planes, rows, 0, n, input.q, input.scale, input.low_sum, y);
 }
 
-// Append the rows of [begin, end) whose bound reaches the threshold. Few do, so whole runs are ruled out at once.
-static void collect_candidates(const float *bound, int64_t begin, int64_t end, float threshold,
-                               std::vector<int64_t> &found) {
+// Append the rows of [begin, end) whose bound reaches the threshold, with what scoring them will need: by
+// then another thread may do it, and the arrays lie in this one's cache. Few rows reach it, so whole runs are
+// ruled out at once.
+void Executor::collect_candidates(const float *bound, const float *high, int64_t begin, int64_t end,
+                                  float threshold, std::vector<Candidate> &found) {
   constexpr int64_t kRun = 64;
   for (int64_t at = begin; at < end; at += kRun) {
     const int64_t stop = std::min(end, at + kRun);
@@ -235,7 +237,7 @@ static void collect_candidates(const float *bound, int64_t begin, int64_t end, f
     for (int64_t row = at; row < stop; row++) any |= bound[row] >= threshold;
     if (any)
       for (int64_t row = at; row < stop; row++)
-        if (bound[row] >= threshold) found.push_back(row);
+        if (bound[row] >= threshold) found.push_back({row, bound[row], high[row]});
   }
 }
 
@@ -254,7 +256,8 @@ void Executor::rescore(int thread, const Phase &p) {
     for (int t = 0; t < active_; t++)
       threshold = std::max(threshold, head_rows_[size_t(t) * size_t(max_rows_) + i].first_exact);
     if (thread == 0) thresholds_[i].store(threshold, std::memory_order_relaxed);
-    collect_candidates(bounds_ + int64_t(i) * padded_vocab_, begin, end, threshold, s.candidates);
+    const int64_t at = int64_t(i) * padded_vocab_;
+    collect_candidates(bounds_ + at, logits_ + at, begin, end, threshold, s.candidates);
     s.candidate_start.push_back(s.candidates.size());
   }
   pool_.barrier(thread);
@@ -273,16 +276,17 @@ void Executor::rescore(int thread, const Phase &p) {
     }
 }
 
-void Executor::score_candidates(int thread, const Phase &p, size_t i, const int64_t *candidates, size_t n) {
+void Executor::score_candidates(int thread, const Phase &p, size_t i, const Candidate *candidates, size_t n) {
   HeadRow &best = head_rows_[size_t(thread) * size_t(max_rows_) + i];
-  const float *bound = bounds_ + int64_t(i) * padded_vocab_;
   float threshold = thresholds_[i].load(std::memory_order_relaxed);
   int64_t rows[kCandidateBatch], count = 0;
-  for (size_t j = 0; j < n; j++)
-    if (bound[candidates[j]] >= threshold) rows[count++] = candidates[j];
-  if (count == 0) return;
   float y[kCandidateBatch];
-  for (int64_t j = 0; j < count; j++) y[j] = logits_[int64_t(i) * padded_vocab_ + rows[j]];
+  for (size_t j = 0; j < n; j++)
+    if (candidates[j].bound >= threshold) {
+      rows[count] = candidates[j].row;
+      y[count++] = candidates[j].high;
+    }
+  if (count == 0) return;
   low_parts(thread, p, i, rows, count, y);
   for (int64_t j = 0; j < count; j++)
     if (y[j] > best.best || (y[j] == best.best && rows[j] < best.row)) {

@@ -39,15 +39,16 @@ INLINE float low_part(const LowRow &row, int64_t blocks, const int8_t *q, const 
 // asked for some rows ahead.
 static void head_low(const HeadPlanes &h, const int64_t *rows, int64_t first_row, int64_t num_rows,
                      const int8_t *q, const float *scale, const float *off, float *y) {
-  constexpr int64_t kAhead = 6;
+  constexpr int64_t kAhead = 8;
   const int64_t blocks = h.cols / kBlockInputs;
   const size_t bytes = head_low_row_bytes(h.cols);
+  int64_t asked = rows ? 0 : num_rows;
   for (int64_t i = 0; i < num_rows; i++) {
-    const int64_t row = rows ? rows[i] : first_row + i;
-    if (rows && i + kAhead < num_rows) {
-      const uint8_t *next = h.low + size_t(rows[i + kAhead]) * bytes;
-      for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
+    for (; asked < num_rows && asked <= i + kAhead; asked++) {
+      const uint8_t *next = h.low + size_t(rows[asked]) * bytes;
+      for (size_t at = 0; at < bytes + 63; at += 64) prefetch(next + (at < bytes ? at : bytes - 1));
     }
+    const int64_t row = rows ? rows[i] : first_row + i;
     y[i] += low_part(low_row(h, row), blocks, q, scale, off);
   }
 }
