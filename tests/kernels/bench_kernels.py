@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import mmap
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -46,29 +47,41 @@ def huge(nbytes: int) -> Array:
     return np.frombuffer(region, np.uint8, nbytes, start)
 
 
-def best_seconds(
-    pool: ThreadPoolExecutor, threads: int, work: Callable[[int], Any], rounds: int = ROUNDS
-) -> float:
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        list(pool.map(work, range(threads)))
-        times.append(time.perf_counter() - start)
-    return min(times)
+def pin(index: int) -> None:
+    """Bind the calling thread to one core: two short tasks would otherwise often share one."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[index % len(cores)]})
+
+
+class Team:
+    """Pinned threads; `best(work)` runs work(t) on each and returns the fewest seconds of all rounds."""
+
+    def __init__(self, threads: int) -> None:
+        self.members = [ThreadPoolExecutor(1, initializer=pin, initargs=(t,)) for t in range(threads)]
+
+    def best(self, work: Callable[[int], Any]) -> float:
+        times = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            for task in [member.submit(work, t) for t, member in enumerate(self.members)]:
+                task.result()
+            times.append(time.perf_counter() - start)
+        return min(times)
 
 
 class Bench:
     def __init__(self, isa: str, threads: int) -> None:
         self.kernels = KERNELS[isa]
         self.threads = threads
-        self.pool = ThreadPoolExecutor(threads)
+        self.team = Team(threads)
         self.rng = np.random.default_rng(0)
 
     def read(self, megabytes: float) -> None:
         data = huge(int(megabytes * 1e6))
         data[:] = 1
         parts = np.array_split(data, self.threads)
-        seconds = best_seconds(self.pool, self.threads, lambda t: self.kernels.read_bytes(parts[t], 1))
+        seconds = self.team.best(lambda t: self.kernels.read_bytes(parts[t], 1))
         print(f"  read {megabytes:.0f} MB: {data.nbytes / seconds / 1e9:.1f} GB/s")
 
     def weights(self, layout: Layout, rows: int, cols: int, copies: int) -> list[Array]:
@@ -100,7 +113,7 @@ class Bench:
                 else:
                     self.kernels.gemm(layout.id, w, cols, tokens, q, scale, total, a.x, outs[t], repeats)
 
-        seconds = best_seconds(self.pool, self.threads, work)
+        seconds = self.team.best(work)
         times = copies * repeats / seconds / 1e9
         total_rows = share * self.threads
         weight_bytes = (
@@ -132,7 +145,7 @@ class Bench:
                         0.0, *outs[t],
                     )  # fmt: skip
 
-        seconds = best_seconds(self.pool, self.threads, work)
+        seconds = self.team.best(work)
         positions = sum(context - tokens + i + 1 for i in range(tokens)) * heads
         macs = 2 * positions * dim * layers * self.threads
         return self.threads * layers * context * 4 * dim / seconds / 1e9, macs / seconds / 1e9
