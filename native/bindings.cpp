@@ -8,6 +8,9 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include "executor.h"
 
@@ -44,11 +47,17 @@ void fill_weight(Executor &e, int weight, Matrix<const uint8_t> rows, int64_t nu
   e.fill_weight(weight, rows.data(), num_rows, first_group, step);
 }
 
-int add_head(Executor &e, Matrix<const uint8_t> rows, int64_t cols, Vector<const int32_t> outliers) {
-  require(rows.shape(1) == file_row_bytes(kQ8_0, cols) && outliers.shape(0) == ScreenedHead::kOutliers,
+int add_head(Executor &e, Matrix<const uint8_t> rows, int64_t cols) {
+  require(cols % kBlockInputs == 0 && rows.shape(1) == file_row_bytes(kQ8_0, cols) && rows.shape(0) > 0,
           "head: bytes do not fit");
   nb::gil_scoped_release release;
-  return e.add_head(rows.data(), int64_t(rows.shape(0)), cols, outliers.data());
+  return e.add_head(rows.data(), int64_t(rows.shape(0)), cols);
+}
+
+void calibrate_head(Executor &e, int head, Vector<const int32_t> tokens) {
+  require(int(tokens.shape(0)) <= e.max_tokens(), "calibrate: too many tokens");
+  nb::gil_scoped_release release;
+  e.calibrate_head(head, tokens.data(), int(tokens.shape(0)));
 }
 
 NormSpec norm_spec(Executor &e, int weight, float offset, float eps) {
@@ -295,6 +304,13 @@ std::vector<double> read_bandwidth(size_t bytes, int threads, bool huge_pages, i
   return seconds;
 }
 
+// Gives what malloc holds free in its arenas back to the system. Only glibc has to be asked.
+void release_free_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
 } // namespace
 
 NB_MODULE(_native, m) {
@@ -307,7 +323,8 @@ NB_MODULE(_native, m) {
       .def("reserve_weights", &Executor::reserve_weights)
       .def("add_weight", &Executor::add_weight, "layout"_a, "groups"_a, "cols"_a)
       .def("fill_weight", &fill_weight, "weight"_a, "rows"_a, "num_rows"_a, "first_group"_a, "step"_a)
-      .def("add_head", &add_head, "rows"_a, "cols"_a, "outliers"_a)
+      .def("add_head", &add_head, "rows"_a, "cols"_a)
+      .def("calibrate_head", &calibrate_head, "head"_a, "tokens"_a)
       .def("add_vector",
            [](Executor &e, Vector<const float> v) { return e.add_vector(v.data(), int64_t(v.shape(0))); })
       .def("add_buffer", &Executor::add_buffer, "width"_a, "per_logit_row"_a)
@@ -344,6 +361,7 @@ NB_MODULE(_native, m) {
       .def("copy_blocks", &Executor::copy_blocks, "group"_a, "source"_a, "target"_a)
       .def("stats", &stats, nb::sig("def stats(self) -> dict[str, float]"));
   m.def("group_bytes", &group_bytes, "layout"_a, "group_rows"_a, "cols"_a);
+  m.def("release_free_memory", &release_free_memory, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "huge_pages"_a, "repeats"_a);
 }
 

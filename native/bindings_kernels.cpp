@@ -101,8 +101,9 @@ float pack_head(int group_rows, Mat<const uint8_t> rows, int64_t cols, Vec<const
            len(outlier_error) == n,
        "planes do not fit");
   nb::gil_scoped_release release;
-  return pack_head_planes(group_rows, rows.data(), rows.shape(1), n, cols, outliers.data(), high.data(),
-                          outlier.data(), low.data(), rest_error.data(), outlier_error.data());
+  split_head_rows(group_rows, rows.data(), rows.shape(1), n, cols, high.data(), low.data());
+  return pack_outlier_plane(group_rows, low.data(), 0, n, cols, outliers.data(), outlier.data(),
+                            rest_error.data(), outlier_error.data());
 }
 
 // ---------------------------------------------------------------- linear

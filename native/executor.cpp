@@ -71,29 +71,79 @@ float largest_row_norm(const uint8_t *rows, int64_t num_rows, int64_t cols) {
 
 } // namespace
 
-int Executor::add_head(const uint8_t *q8_rows, int64_t vocab, int64_t cols, const int32_t *outlier_inputs) {
-  for (int i = 0; i < ScreenedHead::kOutliers; i++)
-    if (outlier_inputs[i] < 0 || outlier_inputs[i] >= cols)
-      throw std::invalid_argument("head: outlier input out of range");
+int Executor::add_head(const uint8_t *q8_rows, int64_t vocab, int64_t cols) {
+  if (cols < ScreenedHead::kOutliers) throw std::invalid_argument("head: too few inputs");
   auto head = std::make_unique<ScreenedHead>();
   const int64_t g = k_.group_rows;
   head->vocab = vocab;
   head->groups = (vocab + g - 1) / g;
   const size_t groups = size_t(head->groups);
-  uint8_t *high = weight_arena_->take(group_bytes(kQ4_0, int(g), cols) * groups);
-  uint8_t *outlier = weight_arena_->take(group_bytes(kQ4_0, int(g), kBlockInputs) * groups);
-  uint8_t *low = weight_arena_->take(head_low_row_bytes(cols) * size_t(vocab));
-  float *rest = weight_arena_->take_floats(groups * size_t(g));
-  float *left_over = weight_arena_->take_floats(groups * size_t(g));
-  std::copy(outlier_inputs, outlier_inputs + ScreenedHead::kOutliers, head->outlier_inputs);
-  head->max_code_norm = pack_head_planes(int(g), q8_rows, file_row_bytes(kQ8_0, cols), vocab, cols,
-                                         outlier_inputs, high, outlier, low, rest, left_over);
+  head->high = weight_arena_->take(group_bytes(kQ4_0, int(g), cols) * groups);
+  head->outlier = weight_arena_->take(group_bytes(kQ4_0, int(g), kBlockInputs) * groups);
+  head->low = weight_arena_->take(head_low_row_bytes(cols) * size_t(vocab));
+  head->rest_error = weight_arena_->take_floats(groups * size_t(g));
+  head->outlier_error = weight_arena_->take_floats(groups * size_t(g));
+  head->planes = {head->high, head->outlier, head->low, cols};
+  split_head_rows(int(g), q8_rows, file_row_bytes(kQ8_0, cols), vocab, cols, head->high, head->low);
   head->max_row_norm = largest_row_norm(q8_rows, vocab, cols);
-  head->planes = {high, outlier, low, cols};
-  head->rest_error = rest;
-  head->outlier_error = left_over;
   heads_.push_back(std::move(head));
   return int(heads_.size()) - 1;
+}
+
+// Any 32 inputs are correct; good ones leave fewer rows to score. The ones whose activations are largest on
+// a few tokens of the model itself leave about a third of what a guess from the norm's weights does.
+void Executor::calibrate_head(int index, const int32_t *tokens, int count) {
+  ScreenedHead &head = *heads_.at(size_t(index));
+  const int64_t cols = head.planes.cols;
+  std::vector<double> energy(size_t(cols), 0.0);
+  const Phase *phase = nullptr;
+  for (const Phase &p : phases_)
+    if (p.kind == PhaseKind::kHead && p.head == &head) phase = &p;
+  if (phase && count > 0) {
+    run_silently(tokens, count);
+    ThreadState &s = *threads_[0];
+    for (int t = 0; t < count; t++) {
+      const float *x = phase->x.data + t * phase->x.stride;
+      if (phase->norm.weight) {
+        k_.rms_norm(x, phase->norm.weight, phase->norm.offset, phase->norm.eps, cols, s.row);
+        x = s.row;
+      }
+      for (int64_t c = 0; c < cols; c++)
+        if (std::isfinite(x[c])) energy[size_t(c)] += double(x[c]) * x[c];
+    }
+  }
+  std::vector<int32_t> order(size_t(cols), 0);
+  for (int64_t c = 0; c < cols; c++) order[size_t(c)] = int32_t(c);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return energy[size_t(a)] > energy[size_t(b)]; });
+  std::copy(order.begin(), order.begin() + ScreenedHead::kOutliers, head.outlier_inputs);
+  std::vector<float> norms(size_t(pool_.max_threads()), 0.f);
+  pool_.run(pool_.max_threads(), [&](int thread) {
+    const int64_t g = k_.group_rows, threads = pool_.max_threads();
+    const int64_t first = head.groups * thread / threads * g;
+    const int64_t end = std::min(head.vocab, head.groups * (thread + 1) / threads * g);
+    if (first < end)
+      norms[size_t(thread)] = pack_outlier_plane(int(g), head.low, first, end, cols, head.outlier_inputs,
+                                                 head.outlier, head.rest_error, head.outlier_error);
+  });
+  head.max_code_norm = *std::max_element(norms.begin(), norms.end());
+}
+
+// One step of a sequence in cache blocks 0, 1, ... that asks for no logits.
+void Executor::run_silently(const int32_t *tokens, int count) {
+  std::vector<int32_t> positions(size_t(count), 0), table(size_t(count / kPagePositions + 1), 0);
+  for (int i = 0; i < count; i++) positions[size_t(i)] = i;
+  for (size_t i = 0; i < table.size(); i++) table[i] = int32_t(i);
+  const int32_t starts[2] = {0, count};
+  StepArgs args;
+  args.num_tokens = count;
+  args.num_seqs = 1;
+  args.tokens = tokens;
+  args.positions = positions.data();
+  args.query_start = starts;
+  args.tables.assign(groups_.size(), table.data());
+  args.table_stride = int64_t(table.size());
+  step(args);
 }
 
 int Executor::add_vector(const float *data, int64_t n) {

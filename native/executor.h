@@ -54,9 +54,10 @@ struct KvGroup {
 struct ScreenedHead {
   static constexpr int kOutliers = 32;
   HeadPlanes planes{};
+  uint8_t *high = nullptr, *outlier = nullptr, *low = nullptr;
   int64_t vocab = 0, groups = 0;
   int32_t outlier_inputs[kOutliers] = {};
-  const float *rest_error = nullptr, *outlier_error = nullptr;
+  float *rest_error = nullptr, *outlier_error = nullptr;
   float max_code_norm = 0, max_row_norm = 0;
 };
 
@@ -160,7 +161,9 @@ public:
   void reserve_weights(size_t bytes);
   int add_weight(int layout, int64_t groups, int64_t cols);
   void fill_weight(int weight, const uint8_t *rows, int64_t num_rows, int64_t first_group, int64_t step);
-  int add_head(const uint8_t *q8_rows, int64_t vocab, int64_t cols, const int32_t *outlier_inputs);
+  int add_head(const uint8_t *q8_rows, int64_t vocab, int64_t cols);
+  // After finish(), before the first step: choose the outlier inputs by running `tokens`.
+  void calibrate_head(int head, const int32_t *tokens, int count);
   int add_vector(const float *data, int64_t n);
   int add_buffer(int64_t width, bool per_logit_row);
   int add_rope(const float *cosine, const float *sine, int64_t positions, int rotary_dim, int start,
@@ -207,6 +210,7 @@ private:
   static void clear_slot(const ActStore &store, int tile, int slot, int64_t blocks);
 
   void check(const StepArgs &args) const;
+  void run_silently(const int32_t *tokens, int count);
   void run_thread(int thread);
   void run_phase(int thread, const Phase &p);
   void reset_ranges(int thread);

@@ -92,17 +92,18 @@ namespace {
 
 constexpr double kErrorSafety = 1.0001;
 
-struct HeadRow {
-  const uint8_t *file; // blocks of fp16 scale, 32 int8
+// A row of the low plane: what the high plane leaves over of each weight.
+struct LowPlaneRow {
+  const uint8_t *scales, *codes;
+  LowPlaneRow(const uint8_t *at, int64_t blocks) : scales(at), codes(at + (blocks + 1) / 2 * 4) {}
   float scale(int64_t block) const {
     uint16_t bits;
-    memcpy(&bits, file + block * 34, 2);
+    memcpy(&bits, scales + 2 * block, 2);
     return half_to_float(bits);
   }
-  const uint8_t *codes(int64_t block) const { return file + block * 34 + 2; }
-  // What the high plane leaves over of one weight.
   float error(int64_t input) const {
-    return scale(input / 32) * (float(codes(input / 32)[input % 32] & 15) - 7.5f);
+    const uint8_t pair = codes[input / 32 * 16 + input % 16];
+    return scale(input / 32) * (float(input % 32 < 16 ? pair & 15 : pair >> 4) - 7.5f);
   }
 };
 
@@ -118,13 +119,13 @@ uint32_t join_nibbles(const uint8_t *first, const uint8_t *second, int shift, ui
 
 // Codes of one row in all blocks. The signed upper half plus 8 is the upper nibble with its top bit
 // flipped.
-void split_row(int group_rows, const HeadRow &row, int64_t blocks, int r, uint8_t *high, uint8_t *low) {
+void split_row(int group_rows, const uint8_t *file, int64_t blocks, int r, uint8_t *high, uint8_t *low) {
   uint8_t *low_codes = low + (blocks + 1) / 2 * 4;
   for (int64_t b = 0; b < blocks; b++) {
     uint8_t *high_block = high + b * group_rows * 18;
-    memcpy(high_block + 2 * r, row.file + b * 34, 2);
-    memcpy(low + 2 * b, row.file + b * 34, 2);
-    const uint8_t *q = row.codes(b);
+    memcpy(high_block + 2 * r, file + b * 34, 2);
+    memcpy(low + 2 * b, file + b * 34, 2);
+    const uint8_t *q = file + b * 34 + 2;
     for (int v = 0; v < 4; v++) {
       const uint32_t upper = join_nibbles(q + 4 * v, q + 16 + 4 * v, 4, 0x08080808);
       const uint32_t lower = join_nibbles(q + 4 * v, q + 16 + 4 * v, 0, 0);
@@ -140,7 +141,7 @@ struct OutlierCode {
   double left_over = 0, code_norm = 0; // ||e_S - c||, ||c||
 };
 
-OutlierCode code_outliers(const HeadRow &row, const int32_t *inputs) {
+OutlierCode code_outliers(const LowPlaneRow &row, const int32_t *inputs) {
   OutlierCode result;
   float error[kOutliers], largest = 0;
   for (int k = 0; k < kOutliers; k++) {
@@ -172,14 +173,14 @@ void store_outliers(int group_rows, const OutlierCode &code, int r, uint8_t *blo
 
 // ||e|| over the inputs outside S. The squares 4 * (low - 7.5)^2 are small odd integers squared, so
 // the sum over a block is exact in integers. `keep` has one byte per input, 0 inside S.
-double rest_norm(const HeadRow &row, int64_t blocks, const uint8_t *keep) {
+double rest_norm(const LowPlaneRow &row, int64_t blocks, const uint8_t *keep) {
   double sum = 0;
-  for (int64_t b = 0; b < blocks; b++) {
-    const uint8_t *q = row.codes(b);
+  for (int64_t b = 0; b < blocks; b++, keep += 32) {
+    const uint8_t *codes = row.codes + 16 * b;
     int squares = 0;
-    for (int k = 0; k < 32; k++) {
-      const int twice = 2 * (q[k] & 15) - 15;
-      squares += keep[32 * b + k] * twice * twice;
+    for (int k = 0; k < 16; k++) {
+      const int first = 2 * (codes[k] & 15) - 15, second = 2 * (codes[k] >> 4) - 15;
+      squares += keep[k] * first * first + keep[16 + k] * second * second;
     }
     const double d = row.scale(b);
     sum += d * d * squares;
@@ -189,29 +190,33 @@ double rest_norm(const HeadRow &row, int64_t blocks, const uint8_t *keep) {
 
 } // namespace
 
-float pack_head_planes(int group_rows, const uint8_t *rows, size_t row_bytes, int64_t num_rows, int64_t cols,
-                       const int32_t outlier_inputs[kOutliers], uint8_t *high, uint8_t *outlier, uint8_t *low,
-                       float *rest_error, float *outlier_error) {
+void split_head_rows(int group_rows, const uint8_t *rows, size_t row_bytes, int64_t num_rows, int64_t cols,
+                     uint8_t *high, uint8_t *low) {
   const int64_t blocks = cols / kBlockInputs;
-  const size_t high_bytes = group_bytes(kQ4_0, group_rows, cols);
-  const size_t outlier_bytes = group_bytes(kQ4_0, group_rows, kBlockInputs);
-  const size_t low_bytes = head_low_row_bytes(cols);
-  std::vector<uint8_t> keep(size_t(cols), 1);
-  for (int k = 0; k < kOutliers; k++) {
-    keep[size_t(outlier_inputs[k])] = 0;
-  }
-  const int64_t last = (num_rows - 1) / group_rows;
-  memset(high + size_t(last) * high_bytes, 0, high_bytes);
-  memset(outlier + size_t(last) * outlier_bytes, 0, outlier_bytes);
-  double largest = 0;
+  const size_t high_bytes = group_bytes(kQ4_0, group_rows, cols), low_bytes = head_low_row_bytes(cols);
+  memset(high + size_t((num_rows - 1) / group_rows) * high_bytes, 0, high_bytes);
   for (int64_t i = 0; i < num_rows; i++) {
-    const HeadRow row{rows + size_t(i) * row_bytes};
-    const size_t group = size_t(i / group_rows);
-    const int r = int(i % group_rows);
-    memset(low + size_t(i) * low_bytes, 0, low_bytes);
-    split_row(group_rows, row, blocks, r, high + group * high_bytes, low + size_t(i) * low_bytes);
+    uint8_t *low_row = low + size_t(i) * low_bytes;
+    memset(low_row, 0, low_bytes);
+    split_row(group_rows, rows + size_t(i) * row_bytes, blocks, int(i % group_rows),
+              high + size_t(i / group_rows) * high_bytes, low_row);
+  }
+}
+
+float pack_outlier_plane(int group_rows, const uint8_t *low, int64_t first_row, int64_t end_row, int64_t cols,
+                         const int32_t outlier_inputs[kOutliers], uint8_t *outlier, float *rest_error,
+                         float *outlier_error) {
+  const int64_t blocks = cols / kBlockInputs;
+  const size_t bytes = group_bytes(kQ4_0, group_rows, kBlockInputs), low_bytes = head_low_row_bytes(cols);
+  std::vector<uint8_t> keep(size_t(cols), 1);
+  for (int k = 0; k < kOutliers; k++) keep[size_t(outlier_inputs[k])] = 0;
+  double largest = 0;
+  for (int64_t i = first_row; i < end_row; i++) {
+    uint8_t *group = outlier + size_t(i / group_rows) * bytes;
+    if (i % group_rows == 0) memset(group, 0, bytes);
+    const LowPlaneRow row(low + size_t(i) * low_bytes, blocks);
     const OutlierCode code = code_outliers(row, outlier_inputs);
-    store_outliers(group_rows, code, r, outlier + group * outlier_bytes);
+    store_outliers(group_rows, code, int(i % group_rows), group);
     rest_error[i] = float(rest_norm(row, blocks, keep.data()) * kErrorSafety);
     outlier_error[i] = float(code.left_over * kErrorSafety);
     largest = std::max(largest, code.code_norm);

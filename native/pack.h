@@ -23,20 +23,23 @@ void pack_rows(int layout, int group_rows, const uint8_t *rows, size_t row_bytes
 
 constexpr int kOutliers = 32;
 
-// Split Q8_0 rows into the planes of HeadPlanes, with this algebra. Let plane = d * (16 * high - 120.5), so
-// that a weight is plane + e with |e| <= 7.5 d. S is a fixed set of 32 inputs whose activations tend to be
-// large; there e is approximated by c = s * (code - 7.5) with one scale s per row: the outlier plane. With
-// a' the activations of S requantised to bytes,
+// Split Q8_0 rows into the high and the low plane of HeadPlanes. Rows padded up to a whole group are zero.
+void split_head_rows(int group_rows, const uint8_t *rows, size_t row_bytes, int64_t num_rows, int64_t cols,
+                     uint8_t *high, uint8_t *low);
+
+// The outlier plane and the error norms of rows [first_row, end_row), first_row a multiple of group_rows, from
+// the low plane, with this algebra. Let plane = d * (16 * high - 120.5), so that a weight is plane + e with
+// |e| <= 7.5 d. S is a set of 32 inputs whose activations tend to be large; there e is approximated by
+// c = s * (code - 7.5) with one scale s per row: the outlier plane. With a' the activations of S requantised
+// to bytes,
 //   logit = <plane, a> + <c, a'> + [ <e_rest, a_rest> + <e_S - c, a_S> + <c, a_S - a'> ]
 // and by Cauchy-Schwarz the bracket is at most
 //   rest_error * ||a_rest|| + outlier_error * ||a_S|| + max ||c|| * ||a_S - a'||.
-// A row whose bound is below some exact logit cannot be the argmax: a proof, not a tolerance.
+// A row whose bound is below some exact logit cannot be the argmax: a proof, not a tolerance, for any S.
 // The norms are taken in double and enlarged by 1e-4, which covers the fp32 rounding of the bound.
-//
-// rest_error, outlier_error [num_rows]. Rows padded up to a whole group are zero and get no error entry:
-// bound and compare real rows only. Returns the largest ||c||, enlarged likewise.
-float pack_head_planes(int group_rows, const uint8_t *rows, size_t row_bytes, int64_t num_rows, int64_t cols,
-                       const int32_t outlier_inputs[kOutliers], uint8_t *high, uint8_t *outlier, uint8_t *low,
-                       float *rest_error, float *outlier_error);
+// Returns the largest ||c|| of these rows, enlarged likewise.
+float pack_outlier_plane(int group_rows, const uint8_t *low, int64_t first_row, int64_t end_row, int64_t cols,
+                         const int32_t outlier_inputs[kOutliers], uint8_t *outlier, float *rest_error,
+                         float *outlier_error);
 
 } // namespace hayai

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import hayai._native as _native
 from hayai.backends import cpu_match as match
-from hayai.backends.base import Limits, WeightSource
+from hayai.backends.base import BLOCK_SIZE, Limits, WeightSource
 from hayai.backends.reference_ops import rope_frequencies
 from hayai.errors import PlanError
 from hayai.formats import QuantTensor
@@ -33,6 +33,7 @@ ACTS: Mapping[str, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sig
 
 BLOCK = 32
 NUM_OUTLIERS = 32
+NUM_CALIBRATION_TOKENS = 48
 CHUNK_BYTES = 12 << 10
 """Weights per chunk of work: small enough to even out the threads, large enough to read linearly."""
 HEAD_CHUNK_BYTES = 96 << 10
@@ -140,7 +141,7 @@ class ProgramBuilder:
             self.report.matrix_bytes += size
         self.report.formats[tensor.format] = self.report.formats.get(tensor.format, 0) + size
 
-    def screened_head(self, slot_name: str, norm: str | None) -> int | None:
+    def screened_head(self, slot_name: str) -> int | None:
         """Native id of the head's planes, or None where its format can't be screened."""
         name = self.resolve(slot_name)
         if name in self._screened:
@@ -148,23 +149,21 @@ class ProgramBuilder:
         tensor = self.tensor(slot_name)
         if tensor.format != "q8_0" or tensor.cols < NUM_OUTLIERS:
             return None
-        outliers = self._outlier_inputs(norm, tensor.cols)
-        self._screened[name] = self.executor.add_head(tensor.data, tensor.cols, outliers)
+        self._screened[name] = self.executor.add_head(tensor.data, tensor.cols)
         self.report.screened = True
         self._count(tensor, head=True)
         self.release(slot_name)
         return self._screened[name]
 
-    def _outlier_inputs(self, norm: str | None, cols: int) -> NDArray[np.int32]:
-        """Inputs whose activations tend to be large: those with the largest weight in the last norm.
-
-        It needs no calibration text; any choice is correct, a good one leaves fewer rows to score.
-        """
-        if norm is None:
-            return np.arange(NUM_OUTLIERS, dtype=np.int32)
-        weight = np.abs(self.weights.fetch(self.plan.slots[self.resolve(norm)]).dequantize().reshape(-1))
-        order = np.argsort(-np.nan_to_num(weight), kind="stable")[:NUM_OUTLIERS]
-        return np.sort(order).astype(np.int32)
+    def _calibrate(self) -> None:
+        """Let each screened head choose its outlier inputs on a few tokens spread over the vocabulary."""
+        vocab = self.width(next(op.out for op in self.plan.ops if isinstance(op, ops.LmHead)))
+        limits = self.limits
+        count = min(NUM_CALIBRATION_TOKENS, limits.max_tokens, limits.max_context)
+        count = min(count, (limits.num_blocks - 1) * BLOCK_SIZE)
+        tokens = (np.arange(max(0, count), dtype=np.int64) * 7919 + 13) % vocab
+        for head in self._screened.values():
+            self.executor.calibrate_head(head, tokens.astype(np.int32))
 
     # ------------------------------------------------------------ buffers and tables
 
@@ -216,6 +215,7 @@ class ProgramBuilder:
                 self.progress(i + 1, len(phases))
         head = next(p for p in phases if isinstance(p, match.HeadPhase))
         self.executor.finish(self.width(head.head.out))
+        self._calibrate()
         for name, count in self.report.expanded.items():
             logger.warning(
                 "%d tensors of format %s have no packed layout here and were expanded to f32; layouts: %s",
@@ -242,8 +242,7 @@ class ProgramBuilder:
             raise PlanError(f"plan {self.plan.name}: the cpu backend needs an lm_head")
         head = None
         if self.resolve(head_phase.head.weight) == self.resolve(op.table):  # tied: one copy serves both
-            norm = head_phase.norm.weight if head_phase.norm is not None else None
-            head = self.screened_head(op.table, norm)
+            head = self.screened_head(op.table)
         weight = -1 if head is not None else self.matrix((op.table,))[0]
         self.executor.add_embed(weight, -1 if head is None else head, self.buffer(op.out), op.scale)
 
@@ -384,8 +383,7 @@ class ProgramBuilder:
         )  # fmt: skip
 
     def _head(self, phase: match.HeadPhase) -> None:
-        norm_slot = phase.norm.weight if phase.norm is not None else None
-        head = self.screened_head(phase.head.weight, norm_slot)
+        head = self.screened_head(phase.head.weight)
         weight, layout = (-1, "q8_0") if head is not None else self.matrix((phase.head.weight,))
         cols = self.width(phase.gather.out)
         size = _native.group_bytes(LAYOUTS[layout], self.group_rows, cols)
