@@ -214,11 +214,6 @@ int Executor::add_phase(Phase phase) {
 
 void Executor::finish(int64_t vocab) {
   vocab_ = vocab;
-  int next = -1;
-  for (size_t i = phases_.size(); i-- > 0;) {
-    phases_[i].next_weights = next;
-    if (phases_[i].num_chunks > 0) next = int(i);
-  }
   int64_t max_cols = 32, max_chunk = 1, max_heads = 1, max_value = 1, max_per_kv = 1;
   for (const Phase &p : phases_) {
     if (p.kind == PhaseKind::kLinear || p.kind == PhaseKind::kHead) {
@@ -354,27 +349,12 @@ void Executor::run_thread(int thread) {
 
 void Executor::run_phase(int thread, const Phase &p) {
   switch (p.kind) {
-  case PhaseKind::kLinear:
-    linear(thread, p);
-    prefetch_next(thread, p);
-    break;
+  case PhaseKind::kLinear: linear(thread, p); break;
   case PhaseKind::kAttention: attention(thread, p); break;
   case PhaseKind::kHead: lm_head(thread, p); return; // ends in the pool's own join
   default: elementwise(thread, p); break;
   }
   pool_.barrier(thread);
-}
-
-// Ask for the start of the thread's share of the next weights while others finish: a stream's first bytes
-// are the ones that its own prefetching comes too late for.
-void Executor::prefetch_next(int thread, const Phase &p) const {
-  if (p.next_weights < 0) return;
-  const Phase &next = phases_[size_t(p.next_weights)];
-  const uint8_t *data = next.head ? next.head->planes.high : next.weight.data;
-  const size_t size =
-      next.head ? group_bytes(kQ4_0, k_.group_rows, next.head->planes.cols) : next.weight.group_bytes;
-  const uint8_t *at = data + size_t(share_begin(next.num_chunks, thread) * next.chunk_groups) * size;
-  for (size_t i = 0; i < kPrefetchNext; i += kCacheLine) __builtin_prefetch(at + i);
 }
 
 int64_t Executor::work_count(const Phase &p) const {

@@ -61,8 +61,6 @@ struct ScreenedHead {
   float max_code_norm = 0, max_row_norm = 0;
 };
 
-// Bytes of the next weights that are asked for at the end of a phase.
-constexpr size_t kPrefetchNext = 4096;
 // A GLU chunk's outputs fit this many floats on the stack.
 constexpr int64_t kMaxGluChunk = 512;
 
@@ -124,8 +122,7 @@ struct Phase {
   const float *sinks = nullptr;
   // embed and head
   const ScreenedHead *head = nullptr;
-  int range_index = -1;  // linear and head phases: index into the work ranges
-  int next_weights = -1; // the next phase that reads weights
+  int range_index = -1; // linear and head phases: index into the work ranges
 };
 
 // What one step is asked to do. Pointers stay valid during the call.
@@ -214,7 +211,6 @@ private:
   void run_thread(int thread);
   void run_phase(int thread, const Phase &p);
   void reset_ranges(int thread);
-  void prefetch_next(int thread, const Phase &p) const;
   template <class Work> void for_chunks(int thread, int range_index, int64_t count, Work &&work);
   // A thread's share of `count` pieces of work, and the end of the part that nobody may steal.
   int64_t share_begin(int64_t count, int thread) const { return count * thread / active_; }
