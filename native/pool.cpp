@@ -1,6 +1,9 @@
 #include "pool.h"
 
 #include <chrono>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -84,10 +87,18 @@ void WaitWord::advance() {
 }
 
 Pool::Pool(int max_threads) : max_threads_(max_threads), waits_(size_t(max_threads)) {
-  for (int t = 1; t < max_threads; t++) threads_.emplace_back([this, t] { worker(t); });
+  try {
+    for (int t = 1; t < max_threads; t++) threads_.emplace_back([this, t] { worker(t); });
+  } catch (const std::system_error &error) {
+    stop();
+    throw std::runtime_error("could start only " + std::to_string(threads_.size() + 1) + " of " +
+                             std::to_string(max_threads) + " threads: " + error.what());
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   stop_.store(true, std::memory_order_release);
   start_.advance();
   for (auto &thread : threads_) thread.join();
@@ -129,11 +140,14 @@ void Pool::run(int threads, const std::function<void(int)> &job) {
   }
   active_ = threads < max_threads_ ? threads : max_threads_;
   finished_.store(0, std::memory_order_relaxed);
-  const uint32_t seen = done_.load();
   start_.advance();
   work(0);
-  if (finished_.load(std::memory_order_acquire) != max_threads_ - 1)
-    while (done_.load() == seen) done_.wait_change(seen);
+  // The count decides, the word only wakes: a worker may still owe the advance of the job before this one.
+  const auto all_finished = [this] { return finished_.load(std::memory_order_acquire) == max_threads_ - 1; };
+  while (!all_finished()) {
+    const uint32_t seen = done_.load();
+    if (!all_finished()) done_.wait_change(seen);
+  }
 }
 
 void Pool::barrier(int thread) {
@@ -168,7 +182,6 @@ void Governor::step_done(int threads, int64_t lost_ns, int64_t step_ns) {
   until_retry_ = pause_;
   pause_ = pause_ * 2 < kLongestPause ? pause_ * 2 : kLongestPause;
   bad_ = 0;
-  drops_++;
 }
 
 } // namespace hayai

@@ -53,6 +53,7 @@ public:
   int64_t waited_ns() const { return waited_.load(std::memory_order_relaxed); }
 
 private:
+  void stop();
   void worker(int thread);
   void work(int thread);
 
@@ -79,18 +80,16 @@ public:
   explicit Governor(int max_threads) : max_threads_(max_threads), current_(max_threads) {}
   int threads() const { return current_; }
   void step_done(int threads, int64_t lost_ns, int64_t step_ns);
-  int64_t drops() const { return drops_; }
 
 private:
   static constexpr int kPatience = 3, kFirstPause = 64, kLongestPause = 2048;
   static constexpr int64_t kMinLostNs = 300'000; // less is an interrupt
   const int max_threads_;
   int current_;
-  int bad_ = 0;             // late steps lately; one clean step takes one back
+  int bad_ = 0;             // steps that lost time lately; one clean step takes one back
   int pause_ = kFirstPause; // steps to stay low before trying again
   int until_retry_ = 0;
   int clean_ = 0;
-  int64_t drops_ = 0;
 };
 
 } // namespace hayai
