@@ -215,7 +215,22 @@ template <class T> const T *data_or_null(const std::optional<Vector<const T>> &a
   return a ? a->data() : nullptr;
 }
 
-// The Python side has checked values (ids, positions, block numbers); here only shapes are.
+// Compressed rows: start [rows + 1], ids and values as many as start says (its values: Executor::check).
+template <class T>
+void require_sparse(int rows, const std::optional<Vector<const int32_t>> &start,
+                    const std::optional<Vector<const int32_t>> &ids,
+                    const std::optional<Vector<const T>> &values, const char *what) {
+  if (!start) return;
+  require(ids && values && start->shape(0) == size_t(rows) + 1, what);
+  const int32_t count = start->data()[rows];
+  require(count >= 0 && ids->shape(0) == size_t(count) && values->shape(0) == size_t(count), what);
+}
+
+template <class A, class B> bool same_shape(const A &a, const B &b) {
+  return a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1);
+}
+
+// Shapes are checked here, values (ids, positions, block numbers) in Executor::check.
 void step(Executor &e, Vector<const int32_t> tokens, Vector<const int32_t> positions,
           Vector<const int32_t> query_start, std::vector<Matrix<const int32_t>> tables,
           Vector<const int32_t> logit_rows, Vector<const uint8_t> sampling, Vector<int32_t> out_tokens,
@@ -242,7 +257,8 @@ void step(Executor &e, Vector<const int32_t> tokens, Vector<const int32_t> posit
   a.positions = positions.data();
   a.query_start = query_start.data();
   for (auto &table : tables) {
-    require(int(table.shape(0)) == a.num_seqs, "step: block table has the wrong number of rows");
+    require(int(table.shape(0)) == a.num_seqs && table.shape(1) == tables[0].shape(1),
+            "step: block tables need a row per sequence and one width");
     a.tables.push_back(table.data());
     a.table_stride = int64_t(table.shape(1));
   }
@@ -255,16 +271,28 @@ void step(Executor &e, Vector<const int32_t> tokens, Vector<const int32_t> posit
               data_or_null(history_ids),
               data_or_null(history_counts),
               nullptr};
+  require_sparse(a.num_rows, bias_start, bias_ids, bias_values, "step: bias arrays disagree");
+  require_sparse(a.num_rows, history_start, history_ids, history_counts, "step: history arrays disagree");
+  require(masks.empty() || int(masks.size()) == a.num_rows, "step: masks need an entry per logit row");
   std::vector<const uint32_t *> mask_rows;
-  for (auto &mask : masks) mask_rows.push_back(mask ? mask->data() : nullptr);
+  for (auto &mask : masks) {
+    require(!mask || int64_t(mask->shape(0)) * 32 >= e.vocab(), "step: mask shorter than the vocabulary");
+    mask_rows.push_back(mask ? mask->data() : nullptr);
+  }
   if (!mask_rows.empty()) a.extras.masks = mask_rows.data();
   a.out_tokens = out_tokens.data();
   a.out_logprobs = out_logprobs.data();
+  require(bool(top_ids) == bool(top_logprobs) && (!top_ids || same_shape(*top_ids, *top_logprobs)) &&
+              (!top_ids || int(top_ids->shape(0)) == a.num_rows),
+          "step: top_ids and top_logprobs need a row per logit row and one shape");
   if (top_ids) {
     a.max_top = int(top_ids->shape(1));
     a.out_top_ids = top_ids->data();
     a.out_top_logprobs = top_logprobs->data();
   }
+  require(!out_logits ||
+              (int(out_logits->shape(0)) == a.num_rows && int64_t(out_logits->shape(1)) == e.vocab()),
+          "step: out_logits must be logit rows by vocabulary");
   if (out_logits) a.out_logits = out_logits->data();
   nb::gil_scoped_release release;
   e.step(a);
@@ -284,7 +312,8 @@ nb::dict stats(const Executor &e) {
 // Seconds that `threads` threads take to read `bytes` once, `repeats` times after one warm-up: the
 // roofline. Own memory on the same kind of pages as the weights.
 std::vector<double> read_bandwidth(size_t bytes, int threads, bool huge_pages, int repeats) {
-  require(threads >= 1 && threads <= 1024 && repeats >= 1 && bytes >= 4096, "read_bandwidth: bad arguments");
+  require(threads >= 1 && threads <= 1024 && repeats >= 1 && bytes >= 4096 * size_t(threads),
+          "read_bandwidth: bad arguments");
   nb::gil_scoped_release release;
   Region region(bytes, huge_pages);
   for (size_t i = 0; i < bytes; i += 64) region.data()[i] = uint8_t(i >> 6);

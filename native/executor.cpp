@@ -48,7 +48,8 @@ void Executor::fill_weight(int weight, const uint8_t *rows, int64_t num_rows, in
 
 namespace {
 
-// The largest norm of a dequantised Q8_0 row.
+// The largest norm of a dequantised Q8_0 row together with what its high plane leaves over, at most 7.5 d per
+// input.
 float largest_row_norm(const uint8_t *rows, int64_t num_rows, int64_t cols) {
   const size_t row_bytes = file_row_bytes(kQ8_0, cols);
   float largest = 0;
@@ -62,7 +63,7 @@ float largest_row_norm(const uint8_t *rows, int64_t num_rows, int64_t cols) {
         squares += q * q;
       }
       const float d = half_to_float(uint16_t(at[0] | at[1] << 8));
-      norm += d * d * float(squares);
+      norm += d * d * (float(squares) + 7.5f * 7.5f * kBlockInputs);
     }
     largest = std::max(largest, norm);
   }
@@ -286,6 +287,15 @@ void require(bool ok, const char *what) {
 
 } // namespace
 
+// Compressed rows (sampling.h, RowExtras): ascending from 0, ids within the vocabulary.
+static void check_sparse(const int32_t *start, const int32_t *ids, int rows, int64_t vocab,
+                         const char *what) {
+  if (!start) return;
+  require(start[0] == 0, what);
+  for (int r = 0; r < rows; r++) require(start[r] <= start[r + 1], what);
+  for (int i = 0; i < start[rows]; i++) require(ids[i] >= 0 && ids[i] < vocab, what);
+}
+
 // Values that would make a phase read or write outside its arrays. Costs some nanoseconds per token.
 void Executor::check(const StepArgs &a) const {
   require(a.query_start[0] == 0 && a.query_start[a.num_seqs] == a.num_tokens,
@@ -310,17 +320,18 @@ void Executor::check(const StepArgs &a) const {
   for (int r = 0; r < a.num_rows; r++)
     require(a.logit_rows[r] >= 0 && a.logit_rows[r] < a.num_tokens, "step: logit row out of range");
   const RowExtras &x = a.extras;
-  for (int i = 0; x.bias_start && i < x.bias_start[a.num_rows]; i++)
-    require(x.bias_ids[i] >= 0 && x.bias_ids[i] < vocab_, "step: bias for a token beyond the vocabulary");
-  for (int i = 0; x.history_start && i < x.history_start[a.num_rows]; i++)
-    require(x.history_ids[i] >= 0 && x.history_ids[i] < vocab_, "step: history beyond the vocabulary");
+  check_sparse(x.bias_start, x.bias_ids, a.num_rows, vocab_, "step: bias rows or token ids out of range");
+  check_sparse(x.history_start, x.history_ids, a.num_rows, vocab_,
+               "step: history rows or token ids out of range");
+  for (int r = 0; r < a.num_rows; r++)
+    require(a.sampling[r].num_logprobs <= a.max_top || a.sampling[r].num_logprobs <= 0,
+            "step: top_ids has fewer places than a row asks for");
 }
 
 void Executor::step(const StepArgs &args) {
   check(args);
   const int64_t started = now_ns();
   args_ = &args;
-  step_count_++;
   active_ = governor_.threads();
   for (int s = 0; s < args.num_seqs; s++)
     for (int t = args.query_start[s]; t < args.query_start[s + 1]; t++) seq_of_token_[size_t(t)] = s;

@@ -180,6 +180,7 @@ public:
 
   int max_tokens() const { return max_tokens_; }
   int max_rows() const { return max_rows_; }
+  int64_t vocab() const { return vocab_; } // 0 before finish()
   size_t num_groups() const { return groups_.size(); }
 
   void step(const StepArgs &args);
@@ -289,7 +290,6 @@ private:
 
   // Per step.
   const StepArgs *args_ = nullptr;
-  int64_t step_count_ = 0;
   std::vector<int32_t> seq_of_token_;
   std::vector<Unit> units_;
   bool by_split_ = false; // few single tokens: attention is cut by splits, in cache order

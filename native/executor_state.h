@@ -29,7 +29,7 @@ struct Executor::HeadInput {
 // One thread's scratch, so that phases allocate nothing.
 struct Executor::ThreadState {
   Region region;
-  float *row = nullptr, *row2 = nullptr; // one input vector each
+  float *row = nullptr; // one input vector
   int8_t *q = nullptr;
   float *scale = nullptr, *sum = nullptr;
   float *y = nullptr; // chunk results: [tokens][chunk rows]
@@ -48,16 +48,9 @@ struct Executor::ThreadState {
     const size_t y_floats = size_t(tokens) * round_up(size_t(max_chunk), 16);
     const size_t attend_floats = attend_scratch_floats(int(per_kv), int(value_dim));
     const size_t out_floats = size_t(kMaxQueryBlock) * size_t(per_kv) * size_t(value_dim);
-    const size_t sizes[] = {cols * 4,
-                            cols * 4,
-                            cols,
-                            blocks * 4,
-                            blocks * 4,
-                            y_floats * 4,
-                            k.gemm_scratch_bytes(max_cols),
-                            attend_floats * 4,
-                            out_floats * 4,
-                            size_t(kMaxQueryBlock) * size_t(per_kv) * 8,
+    const size_t sizes[] = {cols * 4,          cols,           blocks * 4,
+                            blocks * 4,        y_floats * 4,   k.gemm_scratch_bytes(max_cols),
+                            attend_floats * 4, out_floats * 4, size_t(kMaxQueryBlock) * size_t(per_kv) * 8,
                             cols * 4};
     size_t total = 0;
     for (size_t s : sizes) total += round_up(s, kCacheLine) + kCacheLine;
@@ -71,7 +64,6 @@ struct Executor::ThreadState {
     };
     auto floats = [&] { return reinterpret_cast<float *>(next()); };
     row = floats();
-    row2 = floats();
     q = reinterpret_cast<int8_t *>(next());
     scale = floats();
     sum = floats();

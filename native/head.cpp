@@ -13,10 +13,14 @@ namespace hayai {
 
 namespace {
 
-constexpr float kNormSlack = 1.0001f; // room for fp32 rounding of the norms themselves
-constexpr float kChainRounding = 1.6e-5f;
+constexpr double kNormSlack = 1.0001; // room for fp32 rounding of the bound itself
 constexpr size_t kCandidateBatch = 64;
 constexpr float kLowZero = -7.5f, kHighZero = -120.5f; // kernels.h, HeadPlanes
+
+// Estimate and exact logit share the high part's bits; they differ by the rounding of the low part's chains,
+// of the outlier block, and of one addition each. A low block's terms add up to at most (15 + 7.5) * d *
+// sqrt(32) * ||a||, 3 times its share of max_row_norm. Besides the chains, 32 roundings are more than enough.
+double chain_rounding(int64_t blocks) { return 3 * 0x1p-24 * double(blocks + 32); }
 
 } // namespace
 
@@ -26,8 +30,10 @@ void Executor::plan_rows() {
   const Phase *head = nullptr;
   for (const Phase &p : phases_)
     if (p.kind == PhaseKind::kHead) head = &p;
+  // A soft cap may round two logits to one value, and then the lower id wins: only all logits tell.
+  const bool screened = head && head->head && head->softcap <= 0;
   for (int r = 0; r < args_->num_rows; r++) {
-    const bool screen = head && head->head && args_->sampling[r].plain_greedy && !args_->out_logits &&
+    const bool screen = screened && args_->sampling[r].plain_greedy && !args_->out_logits &&
                         !(args_->extras.masks && args_->extras.masks[r]);
     (screen ? screened_rows_ : full_rows_).push_back(r);
   }
@@ -67,8 +73,8 @@ const float *Executor::head_row_input(int thread, const Phase &p, int row) {
 
 // ---------------------------------------------------------------- the planes' inputs
 
-// Quantise one logit row for all planes, and the terms of its bound. `rounding` covers the fp32 chains:
-// gamma_n * ||w|| * ||a|| for fewer than 128 terms.
+// Quantise one logit row for all planes, and the terms of its bound (pack.h). The norms are taken in double:
+// what the outlier inputs leave over is a difference that may lose most of its digits.
 void Executor::prepare_planes(int thread, const Phase &p, int row, HeadInput &input) {
   const ScreenedHead &head = *p.head;
   ThreadState &s = *threads_[size_t(thread)];
@@ -79,30 +85,31 @@ void Executor::prepare_planes(int thread, const Phase &p, int row, HeadInput &in
     input.high_sum[b] = s.sum[b] * kHighZero;
     input.low_sum[b] = s.sum[b] * kLowZero;
   }
-  float all = 0, outliers = 0, lost = 0;
+  double all = 0, outliers = 0, lost = 0;
   for (int64_t b = 0; b < blocks; b++) {
     int squares = 0;
     for (int64_t c = b * kBlockInputs; c < (b + 1) * kBlockInputs; c++)
       squares += int(input.q[c]) * int(input.q[c]);
-    all += input.scale[b] * input.scale[b] * float(squares);
+    all += double(input.scale[b]) * input.scale[b] * squares;
   }
   alignas(64) float values[ScreenedHead::kOutliers];
   for (int i = 0; i < ScreenedHead::kOutliers; i++) {
     const int32_t at = head.outlier_inputs[i];
-    values[i] = float(input.q[at]) * input.scale[at / kBlockInputs];
-    outliers += values[i] * values[i];
+    const double value = double(input.q[at]) * input.scale[at / kBlockInputs];
+    values[i] = float(value);
+    outliers += value * value;
   }
   k_.quantize(values, ScreenedHead::kOutliers, kLowZero, input.outlier_q, &input.outlier_scale,
               &input.outlier_sum);
   for (int i = 0; i < ScreenedHead::kOutliers; i++) {
-    const float e = values[i] - input.outlier_scale * float(input.outlier_q[i]);
+    const double e = values[i] - double(input.outlier_scale) * input.outlier_q[i];
     lost += e * e;
   }
-  const float norm = std::sqrt(all);
-  input.terms.rest_norm = std::sqrt(std::max(0.f, all - outliers)) * kNormSlack + 1e-5f * norm;
-  input.terms.outlier_norm = std::sqrt(outliers) * kNormSlack;
-  input.terms.slack =
-      kChainRounding * head.max_row_norm * norm + std::sqrt(lost) * kNormSlack * head.max_code_norm + 1e-6f;
+  const double norm = std::sqrt(all);
+  input.terms.rest_norm = float(std::sqrt(std::max(0.0, all - outliers)) * kNormSlack + 1e-6 * norm);
+  input.terms.outlier_norm = float(std::sqrt(outliers) * kNormSlack);
+  input.terms.slack = float(chain_rounding(blocks) * head.max_row_norm * norm +
+                            std::sqrt(lost) * kNormSlack * head.max_code_norm + 1e-6);
 }
 
 // A single row is prepared by every thread for itself; several are shared.
@@ -216,6 +223,7 @@ void Executor::screened_pass(int thread, const Phase &p) {
   for (size_t i = 0; i < rows; i++) {
     if (best[i].best > -INFINITY) low_parts(thread, p, i, &best[i].row, 1, &best[i].first_exact);
     best[i].best = best[i].first_exact;
+    if (std::isnan(best[i].best)) best[i] = {-INFINITY, -INFINITY, 0}; // the sum overflowed: no threshold
   }
 }
 
@@ -227,17 +235,17 @@ void Executor::low_parts(int thread, const Phase &p, size_t i, const int64_t *ro
 
 // Append the rows of [begin, end) whose bound reaches the threshold, with what scoring them will need: by
 // then another thread may do it, and the arrays lie in this one's cache. Few rows reach it, so whole runs are
-// ruled out at once.
+// ruled out at once. A bound that is NaN rules nothing out.
 void Executor::collect_candidates(const float *bound, const float *high, int64_t begin, int64_t end,
                                   float threshold, std::vector<Candidate> &found) {
   constexpr int64_t kRun = 64;
   for (int64_t at = begin; at < end; at += kRun) {
     const int64_t stop = std::min(end, at + kRun);
     int any = 0;
-    for (int64_t row = at; row < stop; row++) any |= bound[row] >= threshold;
+    for (int64_t row = at; row < stop; row++) any |= !(bound[row] < threshold);
     if (any)
       for (int64_t row = at; row < stop; row++)
-        if (bound[row] >= threshold) found.push_back({row, bound[row], high[row]});
+        if (!(bound[row] < threshold)) found.push_back({row, bound[row], high[row]});
   }
 }
 
@@ -282,7 +290,7 @@ void Executor::score_candidates(int thread, const Phase &p, size_t i, const Cand
   int64_t rows[kCandidateBatch], count = 0;
   float y[kCandidateBatch];
   for (size_t j = 0; j < n; j++)
-    if (candidates[j].bound >= threshold) {
+    if (!(candidates[j].bound < threshold)) {
       rows[count] = candidates[j].row;
       y[count++] = candidates[j].high;
     }

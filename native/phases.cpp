@@ -16,7 +16,7 @@ int64_t tiles_of(int tokens) { return (tokens + kTileTokens - 1) / kTileTokens; 
 
 // ---------------------------------------------------------------- inputs of a linear phase
 
-// The fp32 input row of one token, merged and normalised as the phase asks.
+// The fp32 input row of one token, normalised if the phase asks for it.
 const float *Executor::input_row(int thread, const Phase &p, int token) {
   ThreadState &s = *threads_[size_t(thread)];
   const float *x = p.x.data + token * p.x.stride;
@@ -130,7 +130,10 @@ void Executor::epilogue_glu(const Phase &p, int token, int64_t first_group, int6
   alignas(64) float values[kMaxGluChunk];
   const int64_t row = first_group / 2 * k_.group_rows;
   const int64_t n = std::min(groups / 2 * k_.group_rows, p.out.width - row);
-  if (y) k_.glu_groups(p.act, y, groups / 2, values);
+  if (y)
+    k_.glu_groups(p.act, y, groups / 2, values);
+  else
+    std::fill_n(values, n, 0.f);
   if (!p.glu_quantise) {
     std::memcpy(p.out.data + token * p.out.stride + row, values, size_t(n) * sizeof(float));
     return;
@@ -200,9 +203,9 @@ void Executor::epilogue_qkv(const Phase &p, int token, int64_t row, int64_t rows
 void Executor::plan_units() {
   const StepArgs &a = *args_;
   units_.clear();
-  int kv_heads = 1;
+  int kv_heads = 1; // layers may differ; splits_done_ holds what this allows
   for (const Phase &p : phases_)
-    if (p.kind == PhaseKind::kAttention) kv_heads = p.num_kv_heads;
+    if (p.kind == PhaseKind::kAttention) kv_heads = std::max(kv_heads, p.num_kv_heads);
   by_split_ = a.num_tokens == a.num_seqs && a.num_seqs * kv_heads < 4 * active_;
   int32_t part = 0;
   for (int s = 0; s < a.num_seqs; s++) {
@@ -236,7 +239,7 @@ void Executor::attention(int thread, const Phase &p) {
 }
 
 // Head by head, a thread's splits following each other, because each split prefetches the next one. Who
-// finishes the last split of a head merges it.
+// finishes the last split of a head merges it. (Units for which there was no room in parts_ are merged.)
 void Executor::attend_splits(int thread, const Phase &p) {
   const int parity = p.attention_phase & 1;
   if (thread == 0)
@@ -247,7 +250,8 @@ void Executor::attend_splits(int thread, const Phase &p) {
     if (!unit) return;
     const int splits = unit->position / kSplitPositions + 1;
     std::atomic<int> &done = splits_done_[parity][size_t(unit->seq * p.num_kv_heads + head)];
-    if (done.fetch_add(finished, std::memory_order_acq_rel) + finished == splits) merge_head(p, *unit, head);
+    if (done.fetch_add(finished, std::memory_order_acq_rel) + finished == splits && unit->part >= 0)
+      merge_head(p, *unit, head);
     finished = 0;
   };
   const int64_t units = int64_t(units_.size());

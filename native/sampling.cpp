@@ -67,7 +67,7 @@ int32_t draw(const SamplingSpec &spec, double u, int64_t vocab, const float *x, 
       if (w[i] >= floor) total += w[i];
   }
   for (float cut = std::max(floor, 1e-3f);; cut = std::max(floor, cut * 0.02f)) {
-    const bool everything = cut <= floor || cut < 1e-30f;
+    const bool everything = !(cut > floor) || cut < 1e-30f;
     collect(w, x, vocab, everything ? floor : cut, s.order);
     size_t count = s.order.size();
     bool complete = everything; // no candidate is missing from s.order[:count]

@@ -15,27 +15,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import hayai._native as _native
+from cpu_models import ISAS, WIDE, compile_cpu, plan_of, tokens_for
 from hayai.backends.base import SamplingRow, StepOutput, TokenHistory
-from hayai.backends.cpu import CpuBackend, CpuRunner
+from hayai.backends.cpu import CpuBackend
 from hayai.backends.sampling_reference import sample_row, uniform
-from hayai.config import ModelConfig, RopeConfig
+from hayai.config import RopeConfig
 from hayai.errors import ConfigError, PlanError
 from hayai.models.registry import build_plans
 from hayai.plan import ops
-from hayai.plan.plan import Plan
 from hayai.weights.loader import FileWeights
 from tiny_models import GLM, LIMITS, LLAMA, MemoryFile, Sequences, compile_reference, llama_tensors
 
-ISAS = list(_native.kernel_isas())
 FORMATS = ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
 FLOAT_TOLERANCE = 1e-3
 INTEGER_RMS = 0.02
 
-WIDE = replace(
-    LLAMA, hidden_size=96, head_dim=32, num_heads=6, num_kv_heads=2, ffn_size=160, vocab_size=328,
-    rope=RopeConfig(theta=10000.0, rotary_dim=32, interleaved=True), tied_head=True,
-)  # fmt: skip
 CONFIGS = {
     "half rope, untied": LLAMA,
     "interleaved, tied": WIDE,
@@ -50,22 +44,6 @@ CONFIGS = {
         WIDE, rope=RopeConfig(theta=1e4, rotary_dim=32, interleaved=False, scaling_kind="factors")
     ),
 }
-
-
-def plan_of(config: ModelConfig) -> Plan:
-    return build_plans(config, "hf")["main"]
-
-
-def compile_cpu(
-    config: ModelConfig, format: str, threads: int = 2, isa: str | None = None, seed: int = 0
-) -> CpuRunner:
-    plan = plan_of(config)
-    weights = FileWeights(MemoryFile(llama_tensors(config, seed), format), "hf", plan.slots)
-    return CpuBackend(threads, isa).compile({"main": plan}, weights, LIMITS)
-
-
-def tokens_for(config: ModelConfig, count: int, seed: int = 1) -> list[int]:
-    return np.random.default_rng(seed).integers(0, config.vocab_size, count).tolist()
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -156,7 +156,7 @@ class CpuRunner:
         if most > 0:
             ids, values = np.empty((rows, most), np.int32), np.empty((rows, most), np.float32)
             options.update(top_ids=ids, top_logprobs=values)
-            counts = [max(0, row.num_logprobs) for row in sampling]
+            counts = [min(max(0, row.num_logprobs), self._vocab) for row in sampling]
             top_ids = tuple(ids[r, :n] for r, n in enumerate(counts))
             top_logprobs = tuple(values[r, :n] for r, n in enumerate(counts))
         logits = np.empty((rows, self._vocab), np.float32) if step.want_logits else None
@@ -178,7 +178,11 @@ class CpuRunner:
         return found
 
     def stats(self) -> Mapping[str, float]:
-        """Of the last step: step_ns, threads used, late barriers, head rows scored exactly."""
+        """Of the last step: threads, step_ns, lost_ns, waited_ns, survivors (head rows scored exactly).
+
+        lost_ns is the most that one thread lost to others on its core, waited_ns all waits at barriers
+        beyond spinning.
+        """
         assert self._executor is not None
         stats: dict[str, float] = self._executor.stats()
         return stats
