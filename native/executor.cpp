@@ -330,6 +330,15 @@ void Executor::check(const StepArgs &a) const {
 
 void Executor::step(const StepArgs &args) {
   check(args);
+  if (running_.exchange(true, std::memory_order_acquire))
+    throw std::runtime_error("step: this model is running another step on another thread");
+  struct Running {
+    Executor &e;
+    ~Running() {
+      e.args_ = nullptr;
+      e.running_.store(false, std::memory_order_release);
+    }
+  } running{*this};
   const int64_t started = now_ns();
   args_ = &args;
   active_ = governor_.threads();
@@ -346,7 +355,6 @@ void Executor::step(const StepArgs &args) {
   stats_.waited_ns = double(pool_.waited_ns());
   stats_.survivors = double(survivors_.load(std::memory_order_relaxed));
   stats_.step_ns = double(now_ns() - started);
-  args_ = nullptr;
 }
 
 void Executor::run_thread(int thread) {

@@ -289,6 +289,7 @@ private:
   std::vector<std::unique_ptr<ThreadState>> threads_;
 
   // Per step.
+  std::atomic<bool> running_{false};
   const StepArgs *args_ = nullptr;
   std::vector<int32_t> seq_of_token_;
   std::vector<Unit> units_;

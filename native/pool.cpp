@@ -5,12 +5,14 @@
 #include <string>
 #include <system_error>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
-#include <unistd.h>
 #endif
 
 namespace hayai {
@@ -29,6 +31,12 @@ int64_t thread_cpu_ns() {
 }
 #else
 int64_t thread_cpu_ns() { return 0; }
+#endif
+
+#if defined(__unix__) || defined(__APPLE__)
+static int64_t process_id() { return getpid(); }
+#else
+static int64_t process_id() { return 0; }
 #endif
 
 static inline void cpu_pause() {
@@ -86,7 +94,7 @@ void WaitWord::advance() {
   if (sleepers_.load(std::memory_order_seq_cst) != 0) futex_wake_all(&value_);
 }
 
-Pool::Pool(int max_threads) : max_threads_(max_threads), waits_(size_t(max_threads)) {
+Pool::Pool(int max_threads) : max_threads_(max_threads), process_(process_id()), waits_(size_t(max_threads)) {
   try {
     for (int t = 1; t < max_threads; t++) threads_.emplace_back([this, t] { worker(t); });
   } catch (const std::system_error &error) {
@@ -101,7 +109,11 @@ Pool::~Pool() { stop(); }
 void Pool::stop() {
   stop_.store(true, std::memory_order_release);
   start_.advance();
-  for (auto &thread : threads_) thread.join();
+  for (auto &thread : threads_)
+    if (process_ == process_id())
+      thread.join();
+    else
+      thread.detach(); // a forked child has none of the threads
 }
 
 void Pool::worker(int thread) {
@@ -138,6 +150,9 @@ void Pool::run(int threads, const std::function<void(int)> &job) {
     work(0);
     return;
   }
+  if (process_ != process_id())
+    throw std::runtime_error("this process was forked after the model was loaded, and a fork has no compute "
+                             "threads: load the model in the process that runs it");
   active_ = threads < max_threads_ ? threads : max_threads_;
   finished_.store(0, std::memory_order_relaxed);
   start_.advance();

@@ -58,6 +58,7 @@ private:
   void work(int thread);
 
   const int max_threads_;
+  const int64_t process_; // whose threads these are
   int active_ = 1;
   const std::function<void(int)> *job_ = nullptr;
   alignas(64) std::atomic<int> arrived_{0};

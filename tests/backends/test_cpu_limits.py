@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -138,6 +141,62 @@ def test_screening_of_activations_whose_norm_overflows(size: float, isa: str) ->
             full = Sequences(runner, plan).step(ids, rows="last")
             screened = Sequences(runner, plan).step(ids, rows="last", want_logits=False)
             assert screened.tokens.tolist() == full.tokens.tolist()
+
+
+FORKED = """
+import os, warnings
+import numpy as np
+from cpu_models import WIDE, compile_cpu, plan_of
+from tiny_models import Sequences
+
+warnings.simplefilter("ignore")  # newer Pythons warn of any fork beside threads: that is the point here
+plan, runner = plan_of(WIDE), compile_cpu(WIDE, "q4_1", 2)
+Sequences(runner, plan).step({0: [1]})
+if os.fork() == 0:
+    try:
+        Sequences(runner, plan).step({0: [1]})
+    except RuntimeError as error:
+        print(error, flush=True)
+    runner.close()
+    os._exit(0)
+os.wait()
+Sequences(runner, plan).step({0: [1]})
+print("parent goes on")
+"""
+
+
+def test_a_forked_process_says_so_instead_of_hanging() -> None:
+    tests = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "was forked after the model was loaded" in done.stdout
+    assert "parent goes on" in done.stdout
+
+
+def test_two_steps_at_once_are_refused() -> None:
+    """Threads that step one model together: a step is whole or it is refused."""
+    plan, runner = plan_of(WIDE), compile_cpu(WIDE, "q4_1", 2)
+    ids = {0: tokens_for(WIDE, 100)}
+    expected = Sequences(runner, plan).logits(ids).tobytes()
+    refused: list[str] = []
+
+    def work(seed: int) -> None:
+        for _ in range(30):
+            try:
+                Sequences(runner, plan, seed=seed).logits(ids)
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    threads = [Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert refused and all("another step" in text for text in refused)
+    assert Sequences(runner, plan).logits(ids).tobytes() == expected
 
 
 def test_threads_that_cannot_be_started_are_an_error() -> None:
