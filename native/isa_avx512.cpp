@@ -1,7 +1,9 @@
 // The kernel table for AVX-512 with VNNI.
 // gcc 12's own AVX-512 headers pass deliberately undefined vectors and warn about it (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include "isa.h"

@@ -48,7 +48,12 @@ INLINE float reduce_max(V v) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-INLINE int32_t reduce_add_int(VI v) { return _mm512_reduce_add_epi32(v); }
+INLINE int32_t reduce_add_int(VI v) { // not _mm512_reduce_add_epi32: gcc's adds signed, and sums may wrap
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  __m128i x = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+}
 INLINE int32_t reduce_max_int(VI v) { return _mm512_reduce_max_epi32(v); }
 
 INLINE V load_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }

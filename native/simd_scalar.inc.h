@@ -43,23 +43,24 @@ INLINE V select(VM m, V yes, V no) { return m ? yes : no; }
 INLINE V abs(V a) { return V(VI(a) & 0x7fffffff); }
 INLINE V flip(V a, V sign_bits) { return V(VI(a) ^ VI(sign_bits)); }
 INLINE VI max_int(VI a, VI b) { return a > b ? a : b; }
-INLINE VI add_int(VI a, VI b) { return a + b; }
-INLINE VI shift_left_4(VI a) { return a << 4; }
+// Integers wrap, as they do in the other tables: NaN and infinity become codes whose sums may overflow.
+INLINE VI add_int(VI a, VI b) { return VI(U32(a) + U32(b)); }
+INLINE VI shift_left_4(VI a) { return VI(U32(a) << 4); }
 INLINE VI bits(V a) { return VI(a); }
 INLINE V from_bits(VI a) { return V(a); }
 INLINE V to_float(VI a) { return __builtin_convertvector(a, V); }
 // Nearest even for |x| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
-INLINE VI to_int(V x) { return VI(x + 12582912.f) - 0x4b400000; }
-INLINE V power_of_two(VI exponent) { return V((exponent + 127) << 23); }
+INLINE VI to_int(V x) { return VI(U32(x + 12582912.f) - 0x4b400000u); }
+INLINE V power_of_two(VI exponent) { return V(U32(exponent + 127) << 23); }
 
 INLINE float reduce_add(V v) {
   const float a = v[0] + v[4], b = v[1] + v[5], c = v[2] + v[6], d = v[3] + v[7];
   return (a + c) + (b + d);
 }
 INLINE int32_t reduce_add_int(VI v) {
-  int32_t sum = 0;
-  for (int i = 0; i < kG; i++) sum += v[i];
-  return sum;
+  uint32_t sum = 0;
+  for (int i = 0; i < kG; i++) sum += uint32_t(v[i]);
+  return int32_t(sum);
 }
 INLINE float reduce_max(V v) {
   float top = v[0];

@@ -175,7 +175,7 @@ def make_backend(name: str) -> Backend | None:
     if name == "cpu":
         from hayai.backends.cpu import CpuBackend
 
-        return CpuBackend(threads=2)
+        return CpuBackend(threads=2, isa=read_environment().isa)
     if name == "reference":
         from hayai.backends.reference import ReferenceBackend
 
