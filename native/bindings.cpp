@@ -33,7 +33,7 @@ void require(bool ok, const char *what) {
 std::unique_ptr<Executor> make_executor(const std::string &isa, int threads, int max_tokens, int max_rows,
                                         int max_context) {
   const KernelTable *table = choose_kernels(isa.c_str());
-  require(table != nullptr, "unknown instruction set");
+  require(table != nullptr, "unknown instruction set; known: scalar, avx2, avx512");
   require(threads >= 1 && max_tokens >= 1 && max_rows >= 1 && max_context >= 1, "executor: bad limits");
   return std::make_unique<Executor>(*table, threads, max_tokens, max_rows, max_context);
 }

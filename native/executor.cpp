@@ -191,6 +191,9 @@ int Executor::add_group(int layers, int heads, int head_dim, int value_dim, int6
   group->num_blocks = num_blocks;
   group->page = page_bytes(head_dim, value_dim);
   group->block_stride = size_t(layers) * size_t(heads) * group->page;
+  if (group->block_stride == 0 || num_blocks < 0 ||
+      size_t(num_blocks) > (SIZE_MAX >> 1) / group->block_stride)
+    throw std::bad_alloc();
   group->region = Region(group->block_stride * size_t(num_blocks), true);
   groups_.push_back(std::move(group));
   return int(groups_.size()) - 1;

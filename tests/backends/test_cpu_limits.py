@@ -16,6 +16,7 @@ import pytest
 from cpu_models import ISAS, WIDE, compile_cpu, plan_of, tokens_for
 from hayai.backends.base import Limits, SamplingRow
 from hayai.backends.cpu import CpuBackend, CpuRunner
+from hayai.errors import ConfigError
 from hayai.weights.loader import FileWeights
 from tiny_models import MemoryFile, Sequences, llama_tensors
 
@@ -174,6 +175,14 @@ def test_a_forked_process_says_so_instead_of_hanging() -> None:
     assert done.returncode == 0, done.stderr
     assert "was forked after the model was loaded" in done.stdout
     assert "parent goes on" in done.stdout
+
+
+@pytest.mark.parametrize("blocks", [1 << 40, 1 << 60])
+def test_a_cache_beyond_all_memory_is_an_error_that_says_so(blocks: int) -> None:
+    plan = plan_of(WIDE)
+    weights = FileWeights(MemoryFile(llama_tensors(WIDE), "q4_1"), "hf", plan.slots)
+    with pytest.raises(ConfigError, match=r"no memory for .* a cache of [0-9.]+ GB"):
+        CpuBackend(1).compile({"main": plan}, weights, Limits(64, 4, 64, blocks, 256))
 
 
 def test_two_steps_at_once_are_refused() -> None:

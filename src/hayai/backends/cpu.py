@@ -69,13 +69,20 @@ class CpuBackend:
             executor = _native.Executor(
                 self.isa, self.threads, limits.max_tokens, limits.max_rows, limits.max_context
             )
-        except ValueError as error:
-            raise ConfigError(f"{error}: isa {self.isa!r}; known: scalar, avx2, avx512") from None
+        except (ValueError, RuntimeError) as error:  # unknown isa, bad limits; threads that can't be started
+            raise ConfigError(f"{error} (isa {self.isa!r}, {self.threads} threads, {limits})") from None
         plan = plans["main"]
-        # Address space only: pages are touched as weights are packed.
-        executor.reserve_weights(sum(_most_bytes(slot) for slot in plan.slots.values()) + (64 << 20))
         builder = ProgramBuilder(executor, plan, weights, limits, self.progress)
-        builder.build()
+        most = sum(_most_bytes(slot) for slot in plan.slots.values())
+        try:
+            # Address space only: pages are touched as weights are packed.
+            executor.reserve_weights(most + (64 << 20))
+            builder.build()
+        except MemoryError as error:
+            raise ConfigError(
+                f"no memory for up to {most / 1e9:.1f} GB of weights and a cache of "
+                f"{_kv_bytes(plan) * BLOCK_SIZE * limits.num_blocks / 1e9:.1f} GB ({limits}): {error}"
+            ) from None
         return CpuRunner(executor, plan, limits, builder.report, self.threads)
 
 
@@ -87,6 +94,14 @@ def _most_bytes(slot: WeightSlot) -> int:
     for size in slot.shape[:-1]:
         rows *= size
     return (rows + 16) * (slot.shape[-1] + 32) * 4 + 4096
+
+
+def _kv_bytes(plan: Plan) -> int:
+    """Bytes of one token's keys and values in all cache groups."""
+    return sum(
+        2 * group.num_layers * group.num_heads * (group.key_dim + group.value_dim)
+        for group in plan.groups.values()
+    )
 
 
 class CpuRunner:
@@ -203,10 +218,7 @@ class CpuRunner:
             width = self._plan.buffers["rows"].shape[-1]
             assert isinstance(width, int)
             head = self._vocab * (width // 32 + 1) * 18
-        kv = sum(
-            2 * group.num_layers * group.num_heads * (group.key_dim + group.value_dim)
-            for group in self._plan.groups.values()
-        )
+        kv = _kv_bytes(self._plan)
         return {
             "backend": "cpu",
             "isa": self._executor.isa,
