@@ -11,6 +11,7 @@ import os
 import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -178,12 +179,25 @@ class Frontend:
         request_id: str | None = None,
         arrived: float | None = None,
     ) -> AsyncGenerator[TextChunk, None]:
-        """The answer in chunks, from the engine's own thread (started by the first call).
+        """The answer in chunks, from the engine's own thread (started by the first call). Tokens that are
+        ready together come as one chunk.
 
         arrived: monotonic seconds when the request came in, if that was before now (for its timing).
         Closing the iterator or cancelling the task stops the request before the next step.
         RequestError before the first chunk; EngineError when the engine fails.
         """
+        async with aclosing(self.stream_tokens(prompt, params, request_id, arrived)) as parts:
+            async for chunks in parts:
+                yield join_chunks(chunks)
+
+    async def stream_tokens(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        arrived: float | None = None,
+    ) -> AsyncGenerator[list[TextChunk], None]:
+        """As `stream`, but a chunk per token: what is ready together comes as one list."""
         import asyncio  # 20 ms that only asynchronous callers should pay, and they have it already
 
         from hayai.frontend_async import EventBox
@@ -202,7 +216,7 @@ class Frontend:
             while not assembler.finished:
                 chunks = _push_all(assembler, await box.take())
                 if chunks:
-                    yield join_chunks(chunks)
+                    yield chunks
         finally:
             if not assembler.engine_finished:
                 self.service.abort(request.request_id)

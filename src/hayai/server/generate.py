@@ -120,11 +120,12 @@ class Generation(Response):
         reply = self._reply
         finished: list[Choice] = []
         async with aclosing(self._chunks()) as chunks:
-            async for index, chunk in chunks:
-                event = reply.event(index, chunk)
+            async for index, ready in chunks:
+                event = b"".join([reply.event(index, chunk) for chunk in ready])  # an event each, one write
                 if not self._started:
                     await self._start(send)
                     event = reply.opening() + event
+                chunk = ready[-1]
                 if chunk.finish_reason is not None:
                     _check_finished(chunk)
                     choice = Choice(index)
@@ -146,9 +147,10 @@ class Generation(Response):
     async def _answer(self, send: Send) -> None:
         choices = [Choice(i) for i in range(self._job.num_choices)]
         async with aclosing(self._chunks()) as chunks:
-            async for index, chunk in chunks:
-                _check_finished(chunk)
-                choices[index].add(chunk)
+            async for index, ready in chunks:
+                for chunk in ready:
+                    _check_finished(chunk)
+                    choices[index].add(chunk)
         body = self._reply.whole(choices)
         self._started = True
         headers = [
@@ -159,23 +161,23 @@ class Generation(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def _chunks(self) -> AsyncGenerator[tuple[int, TextChunk], None]:
-        """(choice, chunk) of every choice, as they come. Closing it aborts what still runs."""
+    async def _chunks(self) -> AsyncGenerator[tuple[int, list[TextChunk]], None]:
+        """(choice, its next chunks) as they come. Closing it aborts what still runs."""
         prompts = await self._prompts()
         streams = [self._one(prompts[i // self._job.n], i) for i in range(self._job.num_choices)]
         if len(streams) == 1:
             async with aclosing(streams[0]) as stream:
-                async for chunk in stream:
-                    yield 0, chunk
+                async for ready in stream:
+                    yield 0, ready
             return
         async with aclosing(_merge(streams)) as merged:
             async for item in merged:
                 yield item
 
-    def _one(self, prompt: Prompt, index: int) -> AsyncGenerator[TextChunk, None]:
+    def _one(self, prompt: Prompt, index: int) -> AsyncGenerator[list[TextChunk], None]:
         params = _with_seed(self._job.params, index % self._job.n)
         request_id = f"{self._request_id}-{index}" if self._job.num_choices > 1 else self._request_id
-        return self._frontend.stream(prompt, params, request_id)
+        return self._frontend.stream_tokens(prompt, params, request_id)
 
     async def _prompts(self) -> Sequence[Prompt]:
         """The prompts; tokenised once where several choices continue each."""
@@ -209,17 +211,17 @@ async def _disconnect(receive: Receive) -> None:
 
 
 async def _merge(
-    streams: Sequence[AsyncGenerator[TextChunk, None]],
-) -> AsyncGenerator[tuple[int, TextChunk], None]:
+    streams: Sequence[AsyncGenerator[list[TextChunk], None]],
+) -> AsyncGenerator[tuple[int, list[TextChunk]], None]:
     """Items of several streams in the order they come. The first error ends all of them."""
-    queue: asyncio.Queue[tuple[int, TextChunk | None, BaseException | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, list[TextChunk] | None, BaseException | None]] = asyncio.Queue()
 
-    async def drain(index: int, stream: AsyncGenerator[TextChunk, None]) -> None:
+    async def drain(index: int, stream: AsyncGenerator[list[TextChunk], None]) -> None:
         error: BaseException | None = None
         try:
             async with aclosing(stream):
-                async for chunk in stream:
-                    queue.put_nowait((index, chunk, None))
+                async for ready in stream:
+                    queue.put_nowait((index, ready, None))
         except Exception as e:
             error = e
         queue.put_nowait((index, None, error))
@@ -228,13 +230,13 @@ async def _merge(
     try:
         running = len(tasks)
         while running:
-            index, chunk, error = await queue.get()
+            index, ready, error = await queue.get()
             if error is not None:
                 raise error
-            if chunk is None:
+            if ready is None:
                 running -= 1
             else:
-                yield index, chunk
+                yield index, ready
     finally:
         for task in tasks:
             task.cancel()
