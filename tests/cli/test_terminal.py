@@ -15,7 +15,6 @@ import pytest
 
 from hayai_process import COMMAND
 
-
 ANSWER_TOKENS = 440  # what fits the model's context
 
 
