@@ -1,12 +1,12 @@
 """The composition root: from options to a model that runs. Knows every layer below it.
 
-The vocabulary is read on a second thread while the weights are packed: packing is native code that leaves
-the interpreter free.
+The order is for memory. The vocabulary comes first: making it takes 30 MB that the weights then reuse. (On a
+second thread, beside the packing, it saved 15 ms and left those 30 MB in a malloc arena of its own.)
 """
 
 from __future__ import annotations
 
-import threading
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -40,7 +40,8 @@ touched only as it is used."""
 @dataclass(frozen=True)
 class LoadedModel:
     """A model that is ready to run. `engine_config` has every option resolved. tokenizer None: the file has
-    no vocabulary; chat_template None: it has no template. load_seconds: wall time of loading."""
+    no vocabulary; chat_template None: it has no template, or none was asked for. load_seconds: wall time of
+    loading."""
 
     name: str
     path: Path
@@ -83,11 +84,12 @@ class LoadedModel:
         }
 
 
-def load_model(config: EngineConfig, *, progress: Progress | None = None) -> LoadedModel:
+def load_model(config: EngineConfig, *, progress: Progress | None = None, chat: bool = True) -> LoadedModel:
     """Load a model and make it ready to run.
 
-    progress: called with (what, done, in all) while it takes long. ModelError: no such file, or one that
-    can't be run; ConfigError: options that don't fit; PlanError: an op that the backend lacks.
+    progress: called with (what, done, in all) while it takes long. chat False: leave the chat template
+    unread, for a caller that has no use for it. ModelError: no such file, or one that can't be run;
+    ConfigError: options that don't fit; PlanError: an op that the backend lacks.
     """
     began = time.perf_counter()
     environment = read_environment()
@@ -96,6 +98,8 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Loa
     with GgufFile(path) as file:
         shape = model_config(file)
         config = _resolve(config, shape, environment)
+        # Before anything that stays: what the vocabulary is made from leaves no holes between it.
+        tokenizer, template = _read_text(file, chat)
         plans = build_plans(shape, "gguf")
         slots: dict[str, WeightSlot] = {}
         groups: dict[str, CacheGroup] = {}
@@ -104,10 +108,8 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Loa
             groups |= plan.groups
         limits = _limits(config)
         backend = BACKENDS[config.backend](config, progress)
-        text = _TextReader(file.metadata)
         runner = backend.compile(plans, FileWeights(file, "gguf", slots), limits)
         try:
-            tokenizer, template = text.result()
             end_ids = _end_ids(tokenizer, file.metadata)
             engine = Engine(runner, limits, groups, end_ids=end_ids, seed=config.seed)
         except BaseException:
@@ -214,31 +216,17 @@ def kv_values_per_token(groups: Iterable[CacheGroup]) -> int:
 # ---------------------------------------------------------------- text
 
 
-class _TextReader(threading.Thread):
-    """Reads vocabulary and chat template on a thread of its own. (concurrent.futures takes longer to import
-    than it saves.)"""
-
-    def __init__(self, metadata: Mapping[str, object]) -> None:
-        super().__init__(name="hayai-text", daemon=True)
-        self._metadata = metadata
-        self._found: tuple[Tokenizer | None, ChatTemplate | None] = (None, None)
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            tokenizer = Tokenizer.from_metadata(self._metadata)
-            template = None if tokenizer is None else ChatTemplate.from_metadata(self._metadata, tokenizer)
-            self._found = tokenizer, template
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> tuple[Tokenizer | None, ChatTemplate | None]:
-        """Wait for it; raises what it raised."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._found
+def _read_text(file: GgufFile, chat: bool) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """Vocabulary and chat template. Their lists are dropped from the metadata: a hundred thousand strings,
+    whose memory the rest of loading can use."""
+    tokenizer = Tokenizer.from_metadata(file.metadata)
+    template = None
+    if tokenizer is not None and chat:
+        template = ChatTemplate.from_metadata(file.metadata, tokenizer)
+    for key in [key for key, value in file.metadata.items() if isinstance(value, list)]:
+        del file.metadata[key]
+    gc.collect()  # also empties the interpreter's free lists, which hold on to its arenas
+    return tokenizer, template
 
 
 def _end_ids(tokenizer: Tokenizer | None, metadata: Mapping[str, object]) -> frozenset[int]:

@@ -216,6 +216,7 @@ class ProgramBuilder:
         head = next(p for p in phases if isinstance(p, match.HeadPhase))
         self.executor.finish(self.width(head.head.out))
         self._calibrate()
+        _native.release_free_memory()  # of reading and packing: the KV cache will want as much
         for name, count in self.report.expanded.items():
             logger.warning(
                 "%d tensors of format %s have no packed layout here and were expanded to f32; layouts: %s",

@@ -91,9 +91,11 @@ def load(
     context: int | None,
     isa: str | None,
     backend: str,
+    chat: bool = True,
     **more: Any,
 ) -> LoadedModel:
-    """Load what the options say, with a progress bar where it takes long. `more`: EngineConfig fields."""
+    """Load what the options say, with a progress bar where it takes long. chat: see load_model; `more`:
+    EngineConfig fields."""
     home = read_environment().home
     missing = model == "default" and not default_model_path(home).is_file()
     if missing and not pull:
@@ -107,4 +109,4 @@ def load(
     with Progress() as progress:
         if missing:
             pull_default(home, progress)
-        return load_model(config, progress=progress)
+        return load_model(config, progress=progress, chat=chat)

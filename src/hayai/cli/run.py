@@ -13,6 +13,9 @@ from hayai.cli.options import engine_options, load, sampling_options
 from hayai.engine.request import SamplingParams
 from hayai.frontend import Frontend, Prompt
 
+STEP_TOKENS = 256
+"""Prompt tokens per step: half the buffers of the default."""
+
 
 @click.command()
 @click.argument("prompt")
@@ -55,7 +58,8 @@ def command(
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     request = Prompt(text=prompt) if raw else Prompt(messages=tuple(messages))
-    with closing(Frontend(load(**engine, max_sequences=1))) as frontend:
+    loaded = load(**engine, max_sequences=1, max_step_tokens=STEP_TOKENS, chat=not raw)
+    with closing(Frontend(loaded)) as frontend:
         timing = None
         write, flush = sys.stdout.write, sys.stdout.flush
         with closing(frontend.iterate(request, params)) as chunks:

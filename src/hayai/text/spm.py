@@ -28,16 +28,18 @@ class SentencePiece:
     add_bos = True
     add_space_prefix = True
 
-    def __init__(self, metadata: Mapping[str, object], vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, metadata: Mapping[str, object], vocabulary: Vocabulary, ids: Mapping[str, int]
+    ) -> None:
         scores = vocabulary.scores
         if scores is None:
             raise ModelError(f"a SentencePiece vocabulary needs {PREFIX}scores; the file has none")
         hidden = frozenset(vocabulary.ids_of_type(CONTROL, UNKNOWN))
         # Rank instead of score: comparing integers is cheaper, and equal scores stay equal.
         rank = {score: place for place, score in enumerate(sorted(set(scores), reverse=True))}
-        self._ids = {token: i for token, i in vocabulary.ids.items() if i not in hidden}
+        self._ids = {token: i for token, i in ids.items() if i not in hidden}
         self._ranks = {token: rank[scores[i]] for token, i in self._ids.items()}
-        self._bytes = _byte_ids(vocabulary)
+        self._bytes = _byte_ids(ids, vocabulary.special["unk"])
         # Where no token goes on from a letter to a space, words are independent and worth remembering.
         within = re.compile(f"[^{SPACE}]{SPACE}")
         self._whole = any(within.search(token) for token in self._ids)
@@ -118,7 +120,6 @@ def _piece(token: str, kind: int) -> bytes:
     return bytes.fromhex(byte[1]) if byte else b""
 
 
-def _byte_ids(vocabulary: Vocabulary) -> list[int]:
+def _byte_ids(ids: Mapping[str, int], unknown: int) -> list[int]:
     """Ids of the 256 byte tokens; the unknown token stands in for those that are missing."""
-    unknown = vocabulary.special["unk"]
-    return [vocabulary.ids.get(f"<0x{byte:02X}>", unknown) for byte in range(256)]
+    return [ids.get(f"<0x{byte:02X}>", unknown) for byte in range(256)]

@@ -25,6 +25,7 @@ from hayai.text.vocab import (
     PREFIX,
     UNKNOWN,
     USER_DEFINED,
+    Joined,
     Vocabulary,
     flag,
     read_vocabulary,
@@ -46,7 +47,8 @@ class Encoder(Protocol):
 
 
 # tokenizer.ggml.model -> how to build its encoder, and the special ids that the kind implies.
-KINDS: Mapping[str, tuple[Callable[[Mapping[str, object], Vocabulary], Encoder], Mapping[str, int]]] = {
+Build = Callable[[Mapping[str, object], Vocabulary, dict[str, int]], Encoder]
+KINDS: Mapping[str, tuple[Build, Mapping[str, int]]] = {
     "gpt2": (ByteBpe, {}),
     "llama": (SentencePiece, {"bos": 1, "eos": 2, "unk": 0}),
 }
@@ -76,7 +78,7 @@ class Tokenizer:
         self.special_ids = frozenset(vocabulary.ids_of_type(CONTROL, UNKNOWN))
         self._encoder = encoder
         self._space_prefix = " " if add_space_prefix else ""
-        self.pieces = tuple(encoder.pieces(vocabulary))
+        self.pieces = Joined(encoder.pieces(vocabulary), b"")
         user = {vocabulary.tokens[i]: i for i in vocabulary.ids_of_type(USER_DEFINED)}
         control = {vocabulary.tokens[i]: i for i in sorted(self.special_ids)}
         self._user_tokens = SpecialTokens(user, strip_after)
@@ -101,8 +103,8 @@ class Tokenizer:
                 f"supported: {', '.join(sorted(KINDS))}"
             )
         build, defaults = KINDS[model]
-        vocabulary = read_vocabulary(metadata, tokens, defaults)
-        encoder = build(metadata, vocabulary)
+        vocabulary, ids = read_vocabulary(metadata, tokens, defaults)
+        encoder = build(metadata, vocabulary, ids)
         return cls(
             vocabulary,
             encoder,
@@ -176,7 +178,8 @@ def _strip_after(metadata: Mapping[str, object], vocabulary: Vocabulary) -> froz
     if "phi-3" not in name and "phi3" not in name:
         return frozenset()
     special = vocabulary.ids_of_type(CONTROL, UNKNOWN, USER_DEFINED)
-    kept = {vocabulary.ids.get(token) for token in ("<unk>", "<s>", "<|endoftext|>")}
+    ids = vocabulary.ids
+    kept = {ids.get(token) for token in ("<unk>", "<s>", "<|endoftext|>")}
     return frozenset(special) - kept
 
 
