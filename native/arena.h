@@ -88,7 +88,6 @@ public:
   }
   float *take_floats(size_t count) { return reinterpret_cast<float *>(take(count * sizeof(float))); }
   size_t used() const { return used_; }
-  const uint8_t *data() const { return region_.data(); }
 
 private:
   Region region_;

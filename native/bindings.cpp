@@ -143,14 +143,19 @@ int add_attention(Executor &e, int q, int out, int group, int layer, int num_hea
   return e.add_phase(std::move(p));
 }
 
-int add_lm_head(Executor &e, int weight, int head, int x, int norm, float norm_offset, float norm_eps,
-                float softcap, int64_t chunk_groups) {
-  Phase p;
-  p.kind = PhaseKind::kHead;
+// Where a phase finds the vocabulary's rows: in the planes of a head, or in a matrix of its own.
+void use_table(Executor &e, Phase &p, int weight, int head) {
   if (head >= 0)
     p.head = &e.head(head);
   else
     p.weight = e.weight(weight);
+}
+
+int add_lm_head(Executor &e, int weight, int head, int x, int norm, float norm_offset, float norm_eps,
+                float softcap, int64_t chunk_groups) {
+  Phase p;
+  p.kind = PhaseKind::kHead;
+  use_table(e, p, weight, head);
   p.x = e.buffer(x);
   p.norm = norm_spec(e, norm, norm_offset, norm_eps);
   p.softcap = softcap;
@@ -161,10 +166,7 @@ int add_lm_head(Executor &e, int weight, int head, int x, int norm, float norm_o
 int add_embed(Executor &e, int weight, int head, int out, float scale) {
   Phase p;
   p.kind = PhaseKind::kEmbed;
-  if (head >= 0)
-    p.head = &e.head(head);
-  else
-    p.weight = e.weight(weight);
+  use_table(e, p, weight, head);
   p.out = e.buffer(out);
   p.scale = scale;
   return e.add_phase(std::move(p));

@@ -73,7 +73,7 @@ float largest_row_norm(const uint8_t *rows, int64_t num_rows, int64_t cols) {
 } // namespace
 
 int Executor::add_head(const uint8_t *q8_rows, int64_t vocab, int64_t cols) {
-  if (cols < ScreenedHead::kOutliers) throw std::invalid_argument("head: too few inputs");
+  if (cols < kOutliers) throw std::invalid_argument("head: too few inputs");
   auto head = std::make_unique<ScreenedHead>();
   const int64_t g = k_.group_rows;
   head->vocab = vocab;
@@ -117,7 +117,7 @@ void Executor::calibrate_head(int index, const int32_t *tokens, int count) {
   for (int64_t c = 0; c < cols; c++) order[size_t(c)] = int32_t(c);
   std::stable_sort(order.begin(), order.end(),
                    [&](int32_t a, int32_t b) { return energy[size_t(a)] > energy[size_t(b)]; });
-  std::copy(order.begin(), order.begin() + ScreenedHead::kOutliers, head.outlier_inputs);
+  std::copy(order.begin(), order.begin() + kOutliers, head.outlier_inputs);
   std::vector<float> norms(size_t(pool_.max_threads()), 0.f);
   pool_.run(pool_.max_threads(), [&](int thread) {
     const int64_t g = k_.group_rows, threads = pool_.max_threads();

@@ -52,7 +52,6 @@ struct KvGroup {
 
 // The output head where it can be screened: Q8_0 rows split into planes (kernels.h, HeadPlanes).
 struct ScreenedHead {
-  static constexpr int kOutliers = 32;
   HeadPlanes planes{};
   uint8_t *high = nullptr, *outlier = nullptr, *low = nullptr;
   int64_t vocab = 0, groups = 0;
@@ -122,7 +121,7 @@ struct Phase {
   const float *sinks = nullptr;
   // embed and head
   const ScreenedHead *head = nullptr;
-  int range_index = -1; // linear and head phases: index into the work ranges
+  int range_index = -1; // linear, attention and head phases: index into the work ranges
 };
 
 // What one step is asked to do. Pointers stay valid during the call.
@@ -152,7 +151,6 @@ public:
   ~Executor();
 
   const KernelTable &table() const { return k_; }
-  Pool &pool() { return pool_; }
 
   // Building, in any order before finish().
   void reserve_weights(size_t bytes);
@@ -176,7 +174,6 @@ public:
   const RopeTable *rope(int i) const { return i < 0 ? nullptr : ropes_.at(size_t(i)).get(); }
   KvGroup &group(int i) { return *groups_.at(size_t(i)); }
   size_t weight_bytes() const { return weight_arena_ ? weight_arena_->used() : 0; }
-  const uint8_t *weight_data() const { return weight_arena_ ? weight_arena_->data() : nullptr; }
 
   int max_tokens() const { return max_tokens_; }
   int max_rows() const { return max_rows_; }
@@ -197,7 +194,8 @@ private:
     float bound, high;
   };
 
-  // Quantised inputs. store 0: filled by a phase's prologue (many tokens); store 1: by a GLU epilogue.
+  // Quantised inputs. store 0: filled by a phase's prologue (many tokens); store 1: by a GLU epilogue, and for
+  // the outlier plane of the head.
   struct ActStore {
     int8_t *q = nullptr;
     float *scale = nullptr, *sum = nullptr, *x = nullptr;
@@ -205,7 +203,6 @@ private:
   };
   static void fill_slot(const ActStore &store, int tile, int slot, int64_t blocks, const int8_t *q,
                         const float *scale, const float *sum);
-  static void clear_slot(const ActStore &store, int tile, int slot, int64_t blocks);
 
   void check(const StepArgs &args) const;
   void run_silently(const int32_t *tokens, int count);

@@ -79,7 +79,7 @@ struct Executor::ThreadState {
 
 // A piece of attention work of one sequence, for every kv head: queries [token, token + num_queries),
 // splits [first_split, last_split). part >= 0: one query, each split is written on its own, to be merged
-// in order by whoever reads the token; -1: the splits are merged in place.
+// in order by who finishes the last one; -1: the splits are merged in place.
 struct Executor::Unit {
   int32_t seq, token, num_queries, position;
   int32_t first_split, last_split;

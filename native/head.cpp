@@ -92,16 +92,15 @@ void Executor::prepare_planes(int thread, const Phase &p, int row, HeadInput &in
       squares += int(input.q[c]) * int(input.q[c]);
     all += double(input.scale[b]) * input.scale[b] * squares;
   }
-  alignas(64) float values[ScreenedHead::kOutliers];
-  for (int i = 0; i < ScreenedHead::kOutliers; i++) {
+  alignas(64) float values[kOutliers];
+  for (int i = 0; i < kOutliers; i++) {
     const int32_t at = head.outlier_inputs[i];
     const double value = double(input.q[at]) * input.scale[at / kBlockInputs];
     values[i] = float(value);
     outliers += value * value;
   }
-  k_.quantize(values, ScreenedHead::kOutliers, kLowZero, input.outlier_q, &input.outlier_scale,
-              &input.outlier_sum);
-  for (int i = 0; i < ScreenedHead::kOutliers; i++) {
+  k_.quantize(values, kOutliers, kLowZero, input.outlier_q, &input.outlier_scale, &input.outlier_sum);
+  for (int i = 0; i < kOutliers; i++) {
     const double e = values[i] - double(input.outlier_scale) * input.outlier_q[i];
     lost += e * e;
   }
@@ -126,12 +125,14 @@ void Executor::prepare_rows(int thread, const Phase &p, const std::vector<int32_
   }
   const int64_t blocks = p.head->planes.cols / kBlockInputs;
   const int count = int(rows.size());
+  const float *zeros = threads_[size_t(thread)]->zeros; // a missing token: zero codes, scales and sums
+  const int8_t *no_q = reinterpret_cast<const int8_t *>(zeros);
   for (int tile = thread; tile * kTileTokens < count; tile += active_)
     for (int slot = 0; slot < kTileTokens; slot++) {
       const int i = tile * kTileTokens + slot;
       if (i >= count) {
-        clear_slot(stores_[0], tile, slot, blocks);
-        clear_slot(stores_[1], tile, slot, 1);
+        fill_slot(stores_[0], tile, slot, blocks, no_q, zeros, zeros);
+        fill_slot(stores_[1], tile, slot, 1, no_q, zeros, zeros);
         continue;
       }
       HeadInput &input = *head_inputs_[size_t(i)];
@@ -153,16 +154,6 @@ void Executor::fill_slot(const ActStore &store, int tile, int slot, int64_t bloc
     store.scale[at * kTileTokens + slot] = scale[b];
     store.sum[at * kTileTokens + slot] = sum[b];
   }
-}
-
-void Executor::clear_slot(const ActStore &store, int tile, int slot, int64_t blocks) {
-  const int8_t q[kBlockInputs] = {};
-  const float zero = 0;
-  for (int64_t b = 0; b < blocks; b++)
-    fill_slot({store.q + (tile * blocks + b) * kBlockInputs * kTileTokens,
-               store.scale + (tile * blocks + b) * kTileTokens, store.sum + (tile * blocks + b) * kTileTokens,
-               nullptr, 0},
-              0, slot, 1, q, &zero, &zero);
 }
 
 // High parts of a chunk's logits, of all rows, into logits_.
