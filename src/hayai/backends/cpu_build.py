@@ -68,6 +68,10 @@ class ProgramBuilder:
         self.progress = progress
         self.report = Report()
         self.group_rows: int = executor.group_rows
+        head = next((op for op in plan.ops if isinstance(op, ops.LmHead)), None)
+        if head is None:
+            raise PlanError(f"plan {plan.name}: the cpu backend needs an lm_head")
+        self.lm_head = head
         self.groups = {name: i for i, name in enumerate(plan.groups)}
         self._buffers: dict[str, int] = {}
         self._vectors: dict[str, int] = {}
@@ -104,7 +108,7 @@ class ProgramBuilder:
         for slot_name in slot_names:
             self._tensors.pop(self.resolve(slot_name), None)
 
-    def vector(self, slot_name: str | None, width: int | None = None) -> int:
+    def vector(self, slot_name: str | None) -> int:
         """Native id of a float vector; -1 for None."""
         if slot_name is None:
             return -1
@@ -157,7 +161,7 @@ class ProgramBuilder:
 
     def _calibrate(self) -> None:
         """Let each screened head choose its outlier inputs on a few tokens spread over the vocabulary."""
-        vocab = self.width(next(op.out for op in self.plan.ops if isinstance(op, ops.LmHead)))
+        vocab = self.width(self.lm_head.out)
         limits = self.limits
         count = min(NUM_CALIBRATION_TOKENS, limits.max_tokens, limits.max_context)
         count = min(count, (limits.num_blocks - 1) * BLOCK_SIZE)
@@ -210,11 +214,10 @@ class ProgramBuilder:
         phases = match.match_plan(self.plan)
         for i, phase in enumerate(phases):
             following = phases[i + 1] if i + 1 < len(phases) else None
-            self._emit(phase, following, phases)
+            self._emit(phase, following)
             if self.progress is not None:
                 self.progress(i + 1, len(phases))
-        head = next(p for p in phases if isinstance(p, match.HeadPhase))
-        self.executor.finish(self.width(head.head.out))
+        self.executor.finish(self.width(self.lm_head.out))
         self._calibrate()
         _native.release_free_memory()  # of reading and packing: the KV cache will want as much
         for name, count in self.report.expanded.items():
@@ -223,9 +226,9 @@ class ProgramBuilder:
                 count, name, ", ".join(LAYOUTS),
             )  # fmt: skip
 
-    def _emit(self, phase: match.Phase, following: match.Phase | None, phases: list[match.Phase]) -> None:
+    def _emit(self, phase: match.Phase, following: match.Phase | None) -> None:
         if isinstance(phase, match.EmbedPhase):
-            self._embed(phase.op, phases)
+            self._embed(phase.op)
         elif isinstance(phase, match.QkvPhase):
             self._qkv(phase)
         elif isinstance(phase, match.LinearPhase):
@@ -237,12 +240,9 @@ class ProgramBuilder:
         else:
             self._plain(phase.op)
 
-    def _embed(self, op: ops.Embed, phases: list[match.Phase]) -> None:
-        head_phase = next((p for p in phases if isinstance(p, match.HeadPhase)), None)
-        if head_phase is None:
-            raise PlanError(f"plan {self.plan.name}: the cpu backend needs an lm_head")
+    def _embed(self, op: ops.Embed) -> None:
         head = None
-        if self.resolve(head_phase.head.weight) == self.resolve(op.table):  # tied: one copy serves both
+        if self.resolve(self.lm_head.weight) == self.resolve(op.table):  # tied: one copy serves both
             head = self.screened_head(op.table)
         weight = -1 if head is not None else self.matrix((op.table,))[0]
         self.executor.add_embed(weight, -1 if head is None else head, self.buffer(op.out), op.scale)
