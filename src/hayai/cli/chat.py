@@ -90,28 +90,14 @@ class Conversation:
 @engine_options
 def command(
     system: str | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
+    sampling: dict[str, Any],
     **engine: Any,
 ) -> None:
     """Talk to a model. /help inside shows the commands; Ctrl-C stops an answer.
 
     Nothing is cut in silence: a conversation that no longer fits the context is an error.
     """
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    params = SamplingParams(**sampling)
     with closing(Frontend(load(**engine, max_sequences=1))) as frontend:
         interactive = sys.stdin.isatty()
         if interactive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -66,15 +67,24 @@ SAMPLING_OPTIONS = (
     click.option("--seed", type=int, help="Makes sampling repeatable. [default: random]"),
 )
 
+SAMPLING_FIELDS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+"""The options above as SamplingParams spells them."""
+
 
 def engine_options(function: Function) -> Function:
     """Add --model, --pull, --threads, --context, --isa and --backend."""
     return _apply(function, ENGINE_OPTIONS)
 
 
-def sampling_options(function: Function) -> Function:
-    """Add the sampling options; their values are checked by SamplingParams."""
-    return _apply(function, SAMPLING_OPTIONS)
+def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the sampling options; the function gets them as one dictionary `sampling`, for SamplingParams."""
+
+    @functools.wraps(function)
+    def gather(**options: Any) -> Any:
+        sampling = {name: options.pop(name) for name in SAMPLING_FIELDS}
+        return function(sampling=sampling, **options)
+
+    return _apply(gather, SAMPLING_OPTIONS)
 
 
 def _apply(function: Function, options: tuple[Any, ...]) -> Function:

@@ -29,13 +29,7 @@ def command(
     raw: bool,
     system: str | None,
     stats: bool | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
+    sampling: dict[str, Any],
     **engine: Any,
 ) -> None:
     """Answer PROMPT and exit. '-' reads the prompt from stdin.
@@ -46,15 +40,7 @@ def command(
         raise click.UsageError("--system needs the chat template; it can't be used with --raw")
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    params = SamplingParams(**sampling)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     request = Prompt(text=prompt) if raw else Prompt(messages=tuple(messages))
