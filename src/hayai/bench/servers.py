@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,22 +50,22 @@ class Streamed:
 
 
 @dataclass(frozen=True)
-class Dialect:
+class Dialect(ABC):
     """How a server is asked for a forced-length greedy continuation of token ids, and how it answers."""
 
     path: str
     health: str
 
-    def payload(self, prompt: Sequence[int], max_tokens: int) -> Mapping[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def payload(self, prompt: Sequence[int], max_tokens: int) -> Mapping[str, Any]: ...
 
+    @abstractmethod
     def content(self, event: Event) -> bool:
         """Whether an event carries generated text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counts(self, result: StreamResult) -> tuple[int, int, int]:
         """(output tokens, prompt tokens, cached prompt tokens) by the server's own account."""
-        raise NotImplementedError
 
 
 class OpenAiCompletions(Dialect):

@@ -6,6 +6,7 @@ per choice, and the JSON string of the new text. Only logprobs are built as obje
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +54,7 @@ class Choice:
             self.finish_reason, self.usage, self.timing = chunk.finish_reason, chunk.usage, chunk.timing
 
 
-class Reply:
+class Reply(ABC):
     """Encoder of one request's answer; `ChatReply` and `CompletionReply` are the two dialects.
 
     `token_bytes` gives a token's bytes (logprobs name tokens by their text).
@@ -133,20 +134,20 @@ class Reply:
         }
         return {"usage": usage}
 
-    def _choice_prefix(self, index: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice_prefix(self, index: int) -> bytes: ...
 
-    def _text_json(self, text: str) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _text_json(self, text: str) -> bytes: ...
 
-    def _final(self, index: int, reason: str) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _final(self, index: int, reason: str) -> bytes: ...
 
-    def _logprobs(self, logprobs: Sequence[Logprob], index: int) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _logprobs(self, logprobs: Sequence[Logprob], index: int) -> Any: ...
 
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]: ...
 
 
 class ChatReply(Reply):
