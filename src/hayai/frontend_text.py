@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from hayai.engine.request import Logprob, RequestTiming, SamplingParams, TokenEvent
 from hayai.engine.service import EngineError
+from hayai.frontend_request import ToolCallDelta
 from hayai.frontend_stops import StopMatcher
 from hayai.text.detokenizer import Detokenizer
 from hayai.text.tokenizer import Tokenizer
@@ -29,7 +30,9 @@ class TextChunk(NamedTuple):
     """A piece of an answer. Every token appears in exactly one chunk, with its log-probability if asked.
 
     Text of a token may come a chunk later than its id (half a UTF-8 sequence). The last chunk has a
-    `finish_reason` ('stop', 'length' or 'abort'), usage and timing; `stop` is the stop string that ended it.
+    `finish_reason` ('stop', 'length', 'tool_calls', 'timeout' or 'abort'), usage and timing; `stop` is the
+    stop string that ended it. reasoning and tool_calls are what a router took out of the text. prompt_logprobs: on
+    the first chunk where they were asked for; None for the prompt's first token.
     A named tuple for the same reason as TokenEvent.
     """
 
@@ -40,6 +43,9 @@ class TextChunk(NamedTuple):
     usage: Usage | None = None
     timing: RequestTiming | None = None
     stop: str | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    prompt_logprobs: tuple[Logprob | None, ...] | None = None
 
 
 class TextAssembler:

@@ -19,16 +19,23 @@ from hayai.plan.plan import Plan, WeightSlot
 BLOCK_SIZE = 16
 """Positions per KV block, for every backend."""
 
+KV_FORMATS = ("f16", "q8")
+"""q8: signed bytes with one fp16 scale per token and head, max |x| / 127, rounded half to even."""
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes that a runner must be ready for. Memory for `num_blocks` may be touched lazily."""
+    """Sizes that a runner must be ready for. Memory for `num_blocks` may be touched lazily.
+
+    kv_format: how keys and values are kept, one of KV_FORMATS. PlanError where a backend lacks it.
+    """
 
     max_tokens: int
     max_sequences: int
     max_rows: int
     num_blocks: int
     max_context: int
+    kv_format: str = "f16"
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class StepInput:
     positions 16b .. 16b+15; entries past the last position are ignored. logit_rows (R) int32 index
     tokens; sampling, histories and masks have R entries (histories and masks may be empty = none).
     masks[r]: packed bits (vocab/32 uint32), bit i = token i allowed; None = all.
+    targets (R) int32 or None: where targets[r] >= 0, logprobs[r] is that of token targets[r] and not of the
+    chosen one (log-probabilities of a prompt); the row's choice is then of no use.
     carry_rows (T), tree_mask (T, T) int32: only for plans that declare these inputs (plan.OPTIONAL_INPUTS).
     """
 
@@ -99,6 +108,7 @@ class StepInput:
     want_logits: bool = False
     carry_rows: NDArray[np.int32] | None = None
     tree_mask: NDArray[np.int32] | None = None
+    targets: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from hayai.engine.mask import MaskSource
 from hayai.errors import RequestError
 
 MAX_LOGPROBS = 20
@@ -77,11 +78,29 @@ def _refuse(name: str, expected: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A prompt as token ids, ready to be scheduled."""
+    """A prompt as token ids, ready to be scheduled.
+
+    priority: lower runs first (`INTERACTIVE` before `BATCH`). tenant: between tenants of one priority the
+    engine is fair. cache_salt: a cached prefix is shared only between equal salts. mask: restricts every
+    token to a grammar; it belongs to this request alone. prompt_logprobs: None, or how many alternatives per
+    prompt token (0..20); such a prompt is computed whole, without the prefix cache. deadline: monotonic
+    seconds after which the request ends with 'timeout' at the next step.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+    mask: MaskSource | None = None
+    prompt_logprobs: int | None = None
+    deadline: float | None = None
+
+
+INTERACTIVE = 0
+BATCH = 10
+"""Priorities: somebody waits for the answer; nobody does."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +114,12 @@ class Logprob:
 
 @dataclass(frozen=True)
 class RequestTiming:
-    """Seconds on the monotonic clock, for usage and honest headers."""
+    """Seconds on the monotonic clock, for usage and honest headers.
+
+    num_steps, sum_batch and max_batch: the steps that this request ran in, the sequences of these steps added
+    up (their mean is sum_batch / num_steps), and the most in one step. num_preemptions: how often it lost its
+    place and was computed again.
+    """
 
     arrived: float
     scheduled: float = 0.0
@@ -104,14 +128,19 @@ class RequestTiming:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    num_steps: int = 0
+    sum_batch: int = 0
+    max_batch: int = 0
+    num_preemptions: int = 0
 
 
 class TokenEvent(NamedTuple):
     """One generated token of one request. The last event of a request carries `finish_reason`.
 
     finish_reason: None, 'stop' (end token or stop id; the token itself is then not text), 'length',
-    'abort' (token_id is -1) or 'error' (token_id -1, `error` says why). The first and the last
-    event carry the request's timing as the engine saw it.
+    'timeout' and 'abort' (token_id is -1) or 'error' (token_id -1, `error` says why). The first and the last
+    event carry the request's timing as the engine saw it. prompt_logprobs: on the first event of a request
+    that asked for them, one entry per prompt token, None for the first (nothing predicts it).
     """
 
     request_id: str
@@ -120,3 +149,4 @@ class TokenEvent(NamedTuple):
     logprob: Logprob | None = None
     error: str | None = None
     timing: RequestTiming | None = None
+    prompt_logprobs: tuple[Logprob | None, ...] | None = None

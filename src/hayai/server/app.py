@@ -24,12 +24,13 @@ from hayai.config import ServerConfig
 from hayai.errors import RequestError
 from hayai.frontend import EngineError, Frontend
 from hayai.server.errors import ApiError, answer_error, answer_http_error
-from hayai.server.generate import Gate, Generation
+from hayai.server.gate import Gate
+from hayai.server.generate import Generation
+from hayai.server.job import Job
 from hayai.server.openai import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
-    Job,
     parse_chat,
     parse_completion,
 )

@@ -17,8 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from hayai.engine.request import SamplingParams
 from hayai.frontend import Frontend, Prompt, TextChunk
-from hayai.server.errors import ApiError, as_api_error
-from hayai.server.openai import Job
+from hayai.server.errors import as_api_error
+from hayai.server.gate import Gate, shutting_down
+from hayai.server.job import Job
 from hayai.server.replies import Choice, Reply
 
 _log = logging.getLogger("hayai.server")
@@ -27,47 +28,6 @@ _SSE_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-
-
-class Gate:
-    """Counts what is in flight, refuses what is too much, and stops all of it at shutdown."""
-
-    def __init__(self, max_choices: int) -> None:
-        self.max_choices = max_choices
-        self.num_choices = 0
-        self.closing = False
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def check(self, num_choices: int) -> None:
-        """ApiError 503 where `num_choices` more would pass the limit, or the server is closing; 400 where
-        they would pass it on an idle server too."""
-        if self.closing:
-            raise _shutting_down()
-        if num_choices > self.max_choices:
-            message = f"{num_choices} choices in one request; this server takes at most {self.max_choices}"
-            raise ApiError(400, message, param="n", code="invalid_value")
-        if self.num_choices + num_choices > self.max_choices:
-            raise ApiError(
-                503,
-                f"too many requests in flight: {self.num_choices} of {self.max_choices} choices are taken, "
-                f"{num_choices} more were asked for",
-                code="overloaded",
-                headers={"Retry-After": "1"},
-            )
-
-    def enter(self, task: asyncio.Task[None], num_choices: int) -> None:
-        self.num_choices += num_choices
-        self._tasks.add(task)
-
-    def leave(self, task: asyncio.Task[None], num_choices: int) -> None:
-        self.num_choices -= num_choices
-        self._tasks.discard(task)
-
-    def close(self) -> None:
-        """Stop everything that runs; requests end with an error that says why."""
-        self.closing = True
-        for task in self._tasks:
-            task.cancel()
 
 
 class Generation(Response):
@@ -101,7 +61,7 @@ class Generation(Response):
         if gone:
             return
         if work.cancelled():
-            await self._fail(_shutting_down(), send)
+            await self._fail(shutting_down(), send)
         elif (error := work.exception()) is not None:
             assert isinstance(error, Exception)
             await self._fail(error, send)
@@ -198,11 +158,7 @@ def _with_seed(params: SamplingParams, choice: int) -> SamplingParams:
 def _check_finished(chunk: TextChunk) -> None:
     """An answer that the engine gave up is not an answer."""
     if chunk.finish_reason == "abort":
-        raise _shutting_down()
-
-
-def _shutting_down() -> ApiError:
-    return ApiError(503, "the server is shutting down", code="shutting_down")
+        raise shutting_down()
 
 
 async def _disconnect(receive: Receive) -> None:

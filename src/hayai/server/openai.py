@@ -8,7 +8,6 @@ ignore_eos, stop_token_ids, timings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import orjson
@@ -18,6 +17,7 @@ from hayai.engine.request import MAX_LOGPROBS, SamplingParams
 from hayai.errors import RequestError
 from hayai.frontend import Prompt
 from hayai.server.fields import REFUSED_CHAT, REFUSED_COMPLETION, check_fields
+from hayai.server.job import Job
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 128
@@ -108,24 +108,6 @@ Body = TypeVar("Body", bound=GenerationRequest)
 
 def _refuse(param: str, message: str) -> NoReturn:
     raise RequestError(message, param=param, code="invalid_value")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One HTTP request, understood: prompts x n choices; choice i continues prompts[i // n]."""
-
-    dialect: Literal["chat", "completion"]
-    model: str | None
-    prompts: tuple[Prompt, ...]
-    params: SamplingParams
-    n: int
-    stream: bool
-    include_usage: bool
-    timings: bool
-
-    @property
-    def num_choices(self) -> int:
-        return len(self.prompts) * self.n
 
 
 def parse_chat(raw: bytes) -> Job:

@@ -15,7 +15,7 @@ import orjson
 
 from hayai.engine.request import Logprob, RequestTiming
 from hayai.frontend import Frontend, TextChunk, Usage
-from hayai.server.openai import Job
+from hayai.server.job import Job
 
 TokenBytes = Callable[[int], bytes]
 

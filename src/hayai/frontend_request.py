@@ -1,0 +1,75 @@
+"""What a caller may ask of the frontend beside prompt and sampling: tools, a grammar, its place in the queue.
+
+One neutral form for every wire format: the server's dialects translate into it and never past it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call. parameters: a JSON schema of an object. strict: the arguments are
+    forced into the schema while they are written."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+
+
+ToolChoice = Literal["auto", "none", "required"]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A form that the answer must have.
+
+    kind and value: 'json' any JSON object (None), 'json_schema' a schema, 'regex' a pattern, 'grammar' a Lark
+    grammar in llguidance's dialect, 'choice' a list of strings.
+    """
+
+    kind: Literal["json", "json_schema", "regex", "grammar", "choice"]
+    value: Any = None
+
+
+class ToolCallDelta(NamedTuple):
+    """A piece of a tool call. The first piece of each call has `call_id` and `name`; `arguments` are pieces
+    of one JSON text."""
+
+    call_index: int
+    arguments: str = ""
+    call_id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Everything about a request that is neither prompt nor sampling.
+
+    priority, tenant, cache_salt, deadline: see engine.request.EngineRequest. constraint: the answer's form.
+    tools and tool_choice: 'required' forces a call, `forced_tool` that one; parallel_tools False: one call at
+    most. reasoning: split the model's thinking from its answer where its template marks it.
+    prompt_logprobs: log-probabilities of the prompt itself, with so many alternatives. generate False: only
+    score the prompt (one token is sampled and dropped).
+    """
+
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+    deadline: float | None = None
+    constraint: Constraint | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = "auto"
+    forced_tool: str | None = None
+    parallel_tools: bool = True
+    reasoning: bool = True
+    prompt_logprobs: int | None = None
+    generate: bool = True
+
+
+PLAIN = RequestOptions()
+"""Nothing special: the path that costs nothing."""
