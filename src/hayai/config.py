@@ -120,10 +120,35 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class LimitsConfig:
+    """The most that one request may ask for, of everything that costs time or memory before a token is made.
+
+    Counts, bytes (UTF-8) and characters as the names say. max_choices: prompts times `n`. max_schema_depth:
+    levels of nested objects and arrays in a JSON schema. max_grammar_cost: fuel of the grammar compiler per
+    request (a regex or schema that needs more is refused).
+    """
+
+    max_messages: int = 4096
+    max_tools: int = 128
+    max_schema_bytes: int = 256 << 10
+    max_schema_depth: int = 32
+    max_regex_bytes: int = 16 << 10
+    max_grammar_cost: int = 1_000_000
+    max_choices: int = 128
+    max_stop_strings: int = 16
+    max_stop_bytes: int = 4096
+    max_logprobs: int = 20
+
+
+@dataclass(frozen=True)
 class ServerConfig:
-    """The HTTP face."""
+    """The HTTP face. aliases: names that clients ask for -> the model that is served ('default', or the
+    file's). state_dir: folder of what outlives the process: keys, ledger, stored responses, batches."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 32 << 20
     max_waiting: int = 256
+    limits: LimitsConfig = LimitsConfig()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    state_dir: Path | None = None
