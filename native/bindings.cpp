@@ -241,7 +241,8 @@ void step(Executor &e, Vector<const int32_t> tokens, Vector<const int32_t> posit
           std::optional<Vector<const int32_t>> history_start,
           std::optional<Vector<const int32_t>> history_ids,
           std::optional<Vector<const int32_t>> history_counts,
-          std::vector<std::optional<Vector<const uint32_t>>> masks, std::optional<Matrix<int32_t>> top_ids,
+          std::vector<std::optional<Vector<const uint32_t>>> masks,
+          std::optional<Vector<const int32_t>> targets, std::optional<Matrix<int32_t>> top_ids,
           std::optional<Matrix<float>> top_logprobs, std::optional<Matrix<float>> out_logits) {
   StepArgs a;
   a.num_tokens = int(tokens.shape(0));
@@ -272,7 +273,9 @@ void step(Executor &e, Vector<const int32_t> tokens, Vector<const int32_t> posit
               data_or_null(history_start),
               data_or_null(history_ids),
               data_or_null(history_counts),
-              nullptr};
+              nullptr,
+              data_or_null(targets)};
+  require(!targets || int(targets->shape(0)) == a.num_rows, "step: targets need an entry per logit row");
   require_sparse(a.num_rows, bias_start, bias_ids, bias_values, "step: bias arrays disagree");
   require_sparse(a.num_rows, history_start, history_ids, history_counts, "step: history arrays disagree");
   require(masks.empty() || int(masks.size()) == a.num_rows, "step: masks need an entry per logit row");
@@ -387,8 +390,8 @@ NB_MODULE(_native, m) {
            "sampling"_a, "out_tokens"_a, "out_logprobs"_a, "bias_start"_a = nb::none(),
            "bias_ids"_a = nb::none(), "bias_values"_a = nb::none(), "history_start"_a = nb::none(),
            "history_ids"_a = nb::none(), "history_counts"_a = nb::none(),
-           "masks"_a = std::vector<std::optional<Vector<const uint32_t>>>{}, "top_ids"_a = nb::none(),
-           "top_logprobs"_a = nb::none(), "out_logits"_a = nb::none())
+           "masks"_a = std::vector<std::optional<Vector<const uint32_t>>>{}, "targets"_a = nb::none(),
+           "top_ids"_a = nb::none(), "top_logprobs"_a = nb::none(), "out_logits"_a = nb::none())
       .def("copy_blocks", &Executor::copy_blocks, "group"_a, "source"_a, "target"_a)
       .def("stats", &stats, nb::sig("def stats(self) -> dict[str, float]"));
   m.def("group_bytes", &group_bytes, "layout"_a, "group_rows"_a, "cols"_a);

@@ -326,6 +326,8 @@ void Executor::check(const StepArgs &a) const {
   check_sparse(x.bias_start, x.bias_ids, a.num_rows, vocab_, "step: bias rows or token ids out of range");
   check_sparse(x.history_start, x.history_ids, a.num_rows, vocab_,
                "step: history rows or token ids out of range");
+  for (int r = 0; r < a.num_rows && x.targets; r++)
+    require(x.targets[r] < vocab_, "step: target beyond the vocabulary");
   for (int r = 0; r < a.num_rows; r++)
     require(a.sampling[r].num_logprobs <= a.max_top || a.sampling[r].num_logprobs <= 0,
             "step: top_ids has fewer places than a row asks for");

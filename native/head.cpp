@@ -34,7 +34,8 @@ void Executor::plan_rows() {
   const bool screened = head && head->head && head->softcap <= 0;
   for (int r = 0; r < args_->num_rows; r++) {
     const bool screen = screened && args_->sampling[r].plain_greedy && !args_->out_logits &&
-                        !(args_->extras.masks && args_->extras.masks[r]);
+                        !(args_->extras.masks && args_->extras.masks[r]) &&
+                        !(args_->extras.targets && args_->extras.targets[r] >= 0);
     (screen ? screened_rows_ : full_rows_).push_back(r);
   }
 }

@@ -47,6 +47,29 @@ struct Better {
   bool operator()(int32_t a, int32_t b) const { return x[a] > x[b] || (x[a] == x[b] && a < b); }
 };
 
+// The n best ids, best first, NaN counting as -infinity. The heap's front is the worst of them; ids ascend,
+// so an equal one that comes later never replaces it.
+void find_best(const float *x, int64_t vocab, int64_t n, std::vector<int32_t> &best) {
+  const auto value = [x](int32_t id) {
+    return std::isnan(x[id]) ? -std::numeric_limits<float>::infinity() : x[id];
+  };
+  const auto better = [&](int32_t a, int32_t b) {
+    return value(a) > value(b) || (value(a) == value(b) && a < b);
+  };
+  best.clear();
+  for (int64_t i = 0; i < n; i++) best.push_back(int32_t(i));
+  std::make_heap(best.begin(), best.end(), better);
+  float worst = value(best.front());
+  for (int64_t i = n; i < vocab; i++) {
+    if (!(x[i] > worst)) continue;
+    std::pop_heap(best.begin(), best.end(), better);
+    best.back() = int32_t(i);
+    std::push_heap(best.begin(), best.end(), better);
+    worst = value(best.front());
+  }
+  std::sort_heap(best.begin(), best.end(), better);
+}
+
 // Fills `order` with the ids whose weight is at least `cut`, best first.
 void collect(const float *weights, const float *x, int64_t vocab, float cut, std::vector<int32_t> &order) {
   order.clear();
@@ -105,23 +128,23 @@ SampleResult Sampler::sample(const KernelTable &k, const SamplingSpec &spec, con
                              int64_t position, const float *logits, int64_t vocab, Scratch &s,
                              int32_t *top_ids, float *top_logprobs) {
   const int64_t best = k.argmax(logits, vocab);
-  const bool logprobs = spec.num_logprobs >= 0;
+  const int32_t target = extras.targets ? extras.targets[row] : -1;
+  const bool logprobs = spec.num_logprobs >= 0 || target >= 0;
   float log_total = 0;
   if (logprobs || spec.temperature > 0) s.weights.resize(size_t(vocab));
   if (logprobs) {
     const float sum = k.exp_sum(logits, vocab, logits[best], 1.f, s.weights.data());
     log_total = logits[best] + std::log(sum);
     if (spec.num_logprobs > 0) {
-      s.order.resize(size_t(vocab));
-      for (int64_t i = 0; i < vocab; i++) s.order[size_t(i)] = int32_t(i);
       const auto n = std::min<int64_t>(spec.num_logprobs, vocab);
-      std::partial_sort(s.order.begin(), s.order.begin() + n, s.order.end(), Better{logits});
+      find_best(logits, vocab, n, s.order);
       for (int64_t i = 0; i < n; i++) {
         top_ids[i] = s.order[size_t(i)];
         top_logprobs[i] = logits[s.order[size_t(i)]] - log_total;
       }
     }
   }
+  if (target >= 0) return {int32_t(best), logits[target] - log_total};
   const float *x = logits;
   int64_t top = best;
   if (spec.has_extras || (extras.masks && extras.masks[row])) {

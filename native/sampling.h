@@ -23,6 +23,7 @@ struct RowExtras {
   const float *bias_values = nullptr;
   const int32_t *history_start = nullptr, *history_ids = nullptr, *history_counts = nullptr;
   const uint32_t *const *masks = nullptr; // per row, null = all tokens allowed
+  const int32_t *targets = nullptr;       // per row: whose log-probability is asked for, -1 = the choice's
 };
 
 // The uniform number in [0, 1) for one token: 24 bits of splitmix64(splitmix64(seed) ^ position).
@@ -40,7 +41,8 @@ public:
     std::vector<float> logits, weights;
     std::vector<int32_t> order;
   };
-  // logits [vocab] are left as they are. top_ids, top_logprobs: spec.num_logprobs entries.
+  // logits [vocab] are left as they are. top_ids, top_logprobs: spec.num_logprobs entries. A row with a
+  // target has its log-probability, and the best token of the raw logits.
   static SampleResult sample(const KernelTable &k, const SamplingSpec &spec, const RowExtras &extras, int row,
                              int64_t position, const float *logits, int64_t vocab, Scratch &scratch,
                              int32_t *top_ids, float *top_logprobs);

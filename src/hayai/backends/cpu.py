@@ -161,11 +161,15 @@ class CpuRunner:
     ) -> tuple[dict[str, Any], StepOutput]:
         """What greedy rows do without: biases, histories, masks, alternatives, logits."""
         sampling = step.sampling
-        if not step.want_logits and not step.masks and all(row.plain_greedy for row in sampling):
+        if not (step.want_logits or step.masks or step.targets is not None) and all(
+            row.plain_greedy for row in sampling
+        ):
             return {}, StepOutput(tokens, logprobs)
         rows = len(sampling)
         most = max((row.num_logprobs for row in sampling), default=-1)
         options = {**_bias_arrays(sampling), **_history_arrays(step), "masks": list(step.masks)}
+        if step.targets is not None:
+            options["targets"] = step.targets
         top_ids: tuple[NDArray[np.int32], ...] = ()
         top_logprobs: tuple[NDArray[np.float32], ...] = ()
         if most > 0:

@@ -180,6 +180,9 @@ def check_step(step: StepInput, plan: Plan, limits: Limits, vocab: int) -> None:
     need(len(step.sampling) == rows, f"{len(step.sampling)} sampling rows")
     for name in ("histories", "masks"):
         need(len(getattr(step, name)) in (0, rows), f"{name} must be empty or have one entry per row")
+    if step.targets is not None:
+        need(len(step.targets) == rows, f"{len(step.targets)} targets")
+        need(rows == 0 or int(step.targets.max()) < vocab, f"targets must be below {vocab}")
     for name in ("carry_rows", "tree_mask"):
         if name in plan.buffers:
             array = getattr(step, name)

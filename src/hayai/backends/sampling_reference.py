@@ -105,17 +105,24 @@ def sample_row(
     position: int,
     history: TokenHistory | None = None,
     mask: NDArray[np.uint32] | None = None,
+    target: int = -1,
 ) -> SampledRow:
-    """Choose one token from logits (vocab). Log-probabilities are of the raw logits."""
-    token = _choose(adjust(logits, row, history, mask), row, position)
-    if row.num_logprobs < 0:
-        return SampledRow(token, float("nan"), _NONE_I32, _NONE_F32)
+    """Choose one token from logits (vocab). Log-probabilities are of the raw logits.
+
+    target: whose log-probability is given, -1 = the choice's; with one, the choice is the raw logits' best.
+    """
+    if target >= 0:
+        token = argmax(logits)
+    else:
+        token = target = _choose(adjust(logits, row, history, mask), row, position)
+        if row.num_logprobs < 0:
+            return SampledRow(token, float("nan"), _NONE_I32, _NONE_F32)
     clean = np.where(np.isnan(logits), -np.inf, logits).astype(np.float64)
     largest = clean.max()
     with np.errstate(invalid="ignore"):
         logprobs = clean - (largest + np.log(np.exp(clean - largest).sum()))
-    top = np.argsort(-clean, kind="stable")[: row.num_logprobs]
-    return SampledRow(token, float(logprobs[token]), top.astype(np.int32), logprobs[top].astype(np.float32))
+    top = np.argsort(-clean, kind="stable")[: max(0, row.num_logprobs)]
+    return SampledRow(token, float(logprobs[target]), top.astype(np.int32), logprobs[top].astype(np.float32))
 
 
 def sample_step(logits: NDArray[np.float32], step: StepInput) -> list[SampledRow]:
@@ -125,5 +132,6 @@ def sample_step(logits: NDArray[np.float32], step: StepInput) -> list[SampledRow
         history = step.histories[r] if step.histories else None
         mask = step.masks[r] if step.masks else None
         position = int(step.positions[step.logit_rows[r]])
-        rows.append(sample_row(logits[r], params, position, history, mask))
+        target = -1 if step.targets is None else int(step.targets[r])
+        rows.append(sample_row(logits[r], params, position, history, mask, target))
     return rows
