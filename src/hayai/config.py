@@ -106,7 +106,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run a model. `None` means: chosen at start from the model and the machine."""
+    """How to run a model. `None` means: chosen at start from the model and the machine.
+
+    kv_tokens or kv_bytes: size of the KV cache, by positions or by memory (not both). kv_format: 'f16' or
+    'q8'. prefix_cache: keep finished sequences' KV for prompts that begin alike. step_ms: how long a step may
+    take while somebody waits for the tokens of a running sequence, so how much of a prompt it takes in
+    beside; None: three times a decode step as measured.
+    """
 
     model: str = "default"
     backend: str = "cpu"
@@ -116,6 +122,10 @@ class EngineConfig:
     max_sequences: int = 16
     max_step_tokens: int = 512
     kv_tokens: int | None = None
+    kv_bytes: int | None = None
+    kv_format: str = "f16"
+    prefix_cache: bool = True
+    step_ms: float | None = None
     seed: int | None = None
 
 
