@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from hayai.bench.cases import RAW_CASES, Sizes
 from hayai.bench.rows import Row, Summary, summarise
 from hayai.bench.session import Session, quality_notes
 from hayai.bench.stats import Spread
+from hayai.bench.table import WIDTH, Section, render
 from hayai.bench.verdicts import Verdict, judge
 
 SCHEMA = 1
@@ -66,58 +65,77 @@ def write_json(session: Session, path: Path) -> None:
     path.write_text(json.dumps(document(session), indent=1, default=str) + "\n")
 
 
-def print_report(session: Session, console: Console) -> None:
-    """Identity, one table of all cases, verdicts, notes."""
+def text_report(session: Session) -> str:
+    """Identity, one table of all cases, verdicts, notes; no line is longer than a hundred columns."""
     summaries = summarise(session.rows)
     machine = session.identity["machine"]
     assert isinstance(machine, dict)
-    console.print(
+    head = (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}; "
         f"{session.options.threads} threads; {session.files['same'].name}; "
         f"{session.options.pairs} interleaved pairs, greedy, speculation off, prompts never reused"
     )
-    console.print(case_table(session.options.sizes, summaries))
+    parts = ["\n".join(textwrap.wrap(head, WIDTH)), case_table(session.options.sizes, summaries)]
     verdicts = judge(session.rows, summaries)
     if verdicts:
-        console.print(verdict_table(verdicts))
-    for name, install in session.missing.items():
-        console.print(f"{name}: not installed; {install}", markup=False)
-    for note in (*session.notes, *quality_notes(session)):
-        console.print(f"note: {note}", markup=False)
+        parts.append(verdict_table(verdicts))
+    remarks = [f"{name}: not installed; {install}" for name, install in session.missing.items()]
+    remarks += [f"note: {note}" for note in (*session.notes, *quality_notes(session))]
     if "q4_0" in session.files:
-        console.print(
+        remarks.append(
             "q4_0: the same weights, requantised by llama.cpp's own quantiser (embedding and head stay Q8_0)"
         )
+    if remarks:
+        parts.append("\n".join(line for remark in remarks for line in textwrap.wrap(remark, WIDTH)))
+    return "\n\n".join(part for part in parts if part)
 
 
-def case_table(sizes: Sizes, summaries: Sequence[Summary]) -> Table:
+COLUMNS = ("side", "median", "min-max", "n", "roof", "vs (min-max)", "quiet vs")
+RIGHT = ("median", "min-max", "n", "roof", "quiet vs")
+CONTAMINATED_NOTE = (
+    "* repetitions in which others used more than 12 % of a core (kept); quiet: median over the pairs "
+    "without them, and how many"
+)
+
+
+def case_table(sizes: Sizes, summaries: Sequence[Summary]) -> str:
     """One line per side and case. `vs`: hayai / side, pair by pair; `roof`: share of the read roofline."""
-    table = Table(show_edge=False, pad_edge=False)
-    for name in ("case", "side", "median", "min-max", "n", "roof", "vs (min-max)", "quiet vs", "settings"):
-        right = name in ("median", "n", "roof", "quiet vs")
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
-    last = None
-    for summary in summaries:
-        if last is not None and summary.case != last:
-            table.add_section()
-        table.add_row(
-            title(summary.case, sizes) if summary.case != last else "",
+    cases = dict.fromkeys(summary.case for summary in summaries)
+    sections = [
+        summary_section(title(case, sizes), [s for s in summaries if s.case == case]) for case in cases
+    ]
+    text = render(COLUMNS, sections, right=RIGHT)
+    if any(s.contaminated for s in summaries):
+        text += "\n\n" + "\n".join(textwrap.wrap(CONTAMINATED_NOTE, WIDTH))
+    return text
+
+
+def summary_section(head: str, summaries: Sequence[Summary]) -> Section:
+    """The sides of one case: its unit in the title, settings and remarks below the rows."""
+    rows = [
+        (
             summary.side,
-            f"{summary.value.median:.1f} {summary.unit}",
-            f"{summary.value.low:.1f}-{summary.value.high:.1f}",
+            number(summary.value.median),
+            f"{number(summary.value.low)}-{number(summary.value.high)}",
             f"{summary.value.n}" + (f" ({summary.contaminated}*)" if summary.contaminated else ""),
             "" if summary.share is None else f"{summary.share:.0%}",
             ratio_text(summary.ratio),
             quiet_text(summary),
-            "; ".join(filter(None, (summary.settings, summary.remark))),
         )
-        last = summary.case
-    if any(s.contaminated for s in summaries):
-        table.caption = (
-            "* repetitions in which others used more than 12 % of a core (kept); "
-            "quiet: median over the pairs without them, and how many"
-        )
-    return table
+        for summary in summaries
+    ]
+    notes = [
+        f"{summary.side}: {'; '.join(filter(None, (summary.settings, summary.remark)))}"
+        for summary in summaries
+        if summary.settings or summary.remark
+    ]
+    return Section(f"{head} [{summaries[0].unit}]" if summaries else head, rows, notes)
+
+
+def number(value: float) -> str:
+    """Four digits that count, no exponent: 1234, 123.4, 12.34, 1.234."""
+    size = abs(value)
+    return f"{value:.{0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3}f}"
 
 
 def title(case: str, sizes: Sizes) -> str:
@@ -142,10 +160,6 @@ def ratio_text(ratio: Spread | None) -> str:
     return "" if ratio is None else f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    table = Table(show_edge=False, pad_edge=False)
-    for name in ("bar", "against", "asked", "found", "verdict"):
-        table.add_column(name, overflow="fold")
-    for v in verdicts:
-        table.add_row(v.case, v.against, v.asked, v.found, MARKS[v.passed])
-    return table
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    rows = [(v.case, v.against, v.asked, v.found, MARKS[v.passed]) for v in verdicts]
+    return render(("bar", "against", "asked", "found", "verdict"), [Section("", rows)])

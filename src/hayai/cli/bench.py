@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,12 +32,20 @@ def _names(known: tuple[str, ...], text: str, option: str) -> tuple[str, ...]:
     return tuple(name for name in known if name in chosen)
 
 
+def _names_help(**lists: tuple[str, ...]) -> str:
+    """Lists of names at the end of a help page, never broken inside a name (click keeps lines after `\\b`)."""
+    return "\b\n" + "\n".join(
+        textwrap.fill(f"{title}: {', '.join(names)}", 78, subsequent_indent="  ", break_on_hyphens=False)
+        for title, names in lists.items()
+    )
+
+
 @click.group()
 def command() -> None:
     """Measure speed and accuracy. Definitions: docs/measuring.md."""
 
 
-@command.command()
+@command.command(epilog=_names_help(Cases=CASE_NAMES, Peers=PEER_NAMES))
 @click.option("--model", "-m", default="default", show_default=True, help="A .gguf file, or 'default'.")
 @click.option(
     "--threads", "-t", type=click.IntRange(1, 1024), help="Threads of every side. [default: 2, or the cores]"
@@ -45,8 +53,8 @@ def command() -> None:
 @click.option(
     "--pairs", type=click.IntRange(1, 1000), default=5, show_default=True, help="Interleaved repetitions."
 )
-@click.option("--cases", default="all", show_default=True, help=f"Some of: {','.join(CASE_NAMES)}.")
-@click.option("--peers", default="all", show_default=True, help=f"Some of: {','.join(PEER_NAMES)}; or none.")
+@click.option("--cases", default="all", show_default=True, help="Which cases, by comma; listed below.")
+@click.option("--peers", default="all", show_default=True, help="Which peers, by comma, or none.")
 @click.option("--peer-python", "pythons", multiple=True, metavar="PATH",
               help="A Python with peers installed (may be given more than once).")  # fmt: skip
 @click.option(
@@ -80,11 +88,9 @@ def speed(
     Sides alternate; medians with their range, ratios pair by pair, the read roofline of the same minutes,
     and the CPU time of other processes. The table goes to stdout, progress to stderr.
     """
-    from rich.console import Console  # slow, and only the bench needs it
-
-    from hayai.bench.cases import Sizes
+    from hayai.bench.cases import Sizes  # the bench imports the engine: slow, and other verbs don't need it
     from hayai.bench.machine import usable_cores
-    from hayai.bench.report import print_report, write_json
+    from hayai.bench.report import text_report, write_json
     from hayai.bench.session import SpeedOptions
     from hayai.bench.speed import run
 
@@ -106,8 +112,7 @@ def speed(
     session = run(options, note)
     if json_path is not None:
         write_json(session, json_path)
-    width = None if sys.stdout.isatty() else 200
-    print_report(session, Console(width=width))
+    click.echo(text_report(session))
 
 
 @command.command()
