@@ -1,0 +1,89 @@
+"""Events straight from the engine's thread to the socket, past the event loop.
+
+A token of a stream costs the loop a wake-up, a turn of its tasks and a write, on a core that computes the
+next token at that time: a tenth of the speed of a lone stream (docs/log.md). While a stream has the server
+to itself, its events are written by the thread that has just made them: one system call, no switch between
+threads. Whatever is not a plain event in a socket with room (the first and the last event, a full buffer,
+TLS) goes the ordinary way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from time import monotonic
+
+from hayai.frontend import TextChunk
+
+
+class DirectStream:
+    """Chunks of one chunked HTTP/1.1 answer, written from another thread than the loop's.
+
+    `send` runs on the engine's thread and only between a successful `open` and `flush` or `close` (the
+    frontend sees to that); everything else runs on the loop's. The socket is duplicated while it is open
+    here: the number of a closed one may belong to another client by now.
+    """
+
+    def __init__(self, transport: asyncio.WriteTransport, encode: Callable[[TextChunk], bytes]) -> None:
+        self._transport = transport
+        self._encode = encode
+        self._fd = -1
+        self._rest = b""
+        self._writes: list[tuple[float, int]] = []
+        self.writable = True
+        """False while an event is not whole in the socket."""
+
+    async def open(self) -> bool:
+        """Whether `send` may be used from now on: nothing waits to be written, and nothing encrypts."""
+        transport = self._transport
+        if self._rest or transport.get_extra_info("ssl_object") is not None:
+            return False
+        for _ in range(3):  # what was written in this turn of the loop goes out at its end
+            if transport.get_write_buffer_size() == 0:
+                break
+            await asyncio.sleep(0)
+        else:
+            return False
+        if transport.is_closing():
+            return False
+        if self._fd < 0:
+            self._fd = os.dup(transport.get_extra_info("socket").fileno())
+        return True
+
+    def send(self, chunk: TextChunk) -> None:
+        """Write the event of a chunk; what the socket doesn't take waits for `flush`."""
+        self._writes.append((monotonic(), len(chunk.token_ids)))
+        event = self._encode(chunk)
+        if not event:
+            return
+        frame = b"%x\r\n%b\r\n" % (len(event), event)
+        try:
+            written = os.write(self._fd, frame)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            return  # the client is gone; the loop learns that from the socket as well
+        if written < len(frame):
+            self._rest = frame[written:]
+            self.writable = False
+
+    def take_writes(self) -> list[tuple[float, int]]:
+        """(monotonic seconds, tokens) of each chunk sent since the last call, also while more are sent."""
+        writes = self._writes
+        taken = writes[: len(writes)]
+        del writes[: len(taken)]
+        return taken
+
+    def flush(self) -> None:
+        """Give what the socket did not take to the loop's own buffer, before the loop writes more."""
+        if self._rest:
+            self._transport.write(self._rest)
+            self._rest = b""
+            self.writable = True
+
+    def close(self) -> None:
+        """No `send` comes any more."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
