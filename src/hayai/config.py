@@ -153,12 +153,23 @@ class LimitsConfig:
 @dataclass(frozen=True)
 class ServerConfig:
     """The HTTP face. aliases: names that clients ask for -> the model that is served ('default', or the
-    file's). state_dir: folder of what outlives the process: keys, ledger, stored responses, batches."""
+    file's). state_dir: folder of what outlives the process: keys, ledger, stored responses, batches.
+
+    max_waiting: choices that may wait beside those that run; None = half of max_sequences (server/gate.py
+    says why). queue_seconds: the longest estimated wait; more is refused with 429. request_timeout: seconds
+    after which a request ends, None = never. drain_seconds: how long running requests may take to end after
+    SIGTERM. batch_parallel: lines of batches that run at once on an idle server; None = half of
+    max_sequences. otlp_endpoint: where traces go (OpenTelemetry over HTTP), None = nowhere."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 32 << 20
-    max_waiting: int = 256
+    max_waiting: int | None = None
+    queue_seconds: float = 10.0
+    request_timeout: float | None = None
+    drain_seconds: float = 30.0
+    batch_parallel: int | None = None
+    otlp_endpoint: str | None = None
     limits: LimitsConfig = LimitsConfig()
     aliases: Mapping[str, str] = field(default_factory=dict)
     state_dir: Path | None = None
