@@ -14,7 +14,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "src" / "hayai"
 
 BOTTOM = ("errors", "config", "formats")
-FRONTEND = ("errors", "config", "load", "text", "engine.request", "engine.service")
+FRONTEND = (
+    "errors",
+    "config",
+    "load",
+    "text",
+    "engine.request",
+    "engine.service",
+    "engine.engine",
+    "engine.mask",
+)
 BENCH = ("", "errors", "config", "frontend")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -31,6 +40,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "load": (*BOTTOM, "plan", "models", "weights", "text", "backends", "engine"),
     "frontend": FRONTEND,
     "frontend_async": FRONTEND,
+    "frontend_prompt": FRONTEND,
     "frontend_request": FRONTEND,
     "frontend_stops": FRONTEND,
     "frontend_text": FRONTEND,

@@ -12,22 +12,24 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hayai.engine.request import EngineRequest, Logprob, RequestTiming, SamplingParams, TokenEvent
 from hayai.engine.service import EngineError, EngineService
 from hayai.errors import RequestError
-from hayai.frontend_text import TextAssembler, TextChunk, Usage, join_chunks
+from hayai.frontend_prompt import Prompt, PromptEncoder
+from hayai.frontend_request import PLAIN, RequestOptions
+from hayai.frontend_text import RichAssembler, TextAssembler, TextChunk, Usage, join_chunks
 from hayai.load import LoadedModel
-from hayai.text.chat import encode_chat
 from hayai.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
-    from hayai.frontend_async import LoopMailbox
+    from hayai.engine.engine import EngineStats
+    from hayai.frontend_async import DirectSink, EventBox, LoopMailbox
 
 __all__ = ["Completion", "EngineError", "Frontend", "Prompt", "TextChunk", "Usage"]
 
@@ -36,35 +38,12 @@ LONG_TEXT = 16_384
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What to continue; exactly one of the three.
-
-    messages: a conversation for the model's chat template ({"role": ..., "content": ...}).
-    text: raw text, no template; control tokens written in it are control tokens (the caller owns the whole
-    prompt, as in llama.cpp and vLLM).
-    token_ids: used as they are.
-    template_args: variables for the chat template, `tools` among them.
-    """
-
-    messages: tuple[Mapping[str, Any], ...] | None = None
-    text: str | None = None
-    token_ids: tuple[int, ...] | None = None
-    template_args: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("messages", "text", "token_ids") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise RequestError(
-                f"a prompt is one of messages, text and token_ids; given: {', '.join(given) or 'none'}",
-                param="prompt",
-            )
-
-
-@dataclass(frozen=True)
 class Completion:
-    """A finished answer. finish_reason: 'stop', 'length' or 'abort'; `stop`: the stop string found, if any.
+    """A finished answer. finish_reason: 'stop', 'length', 'timeout' or 'abort'; `stop`: the stop string
+    found, if any.
 
-    logprobs: one entry per token where they were asked for, else empty.
+    logprobs: one entry per token where they were asked for, else empty. prompt_logprobs: one per token of the
+    prompt, None for the first; None where they were not asked for.
     """
 
     text: str
@@ -74,6 +53,7 @@ class Completion:
     timing: RequestTiming
     logprobs: tuple[Logprob, ...] = ()
     stop: str | None = None
+    prompt_logprobs: tuple[Logprob | None, ...] | None = None
 
 
 class Frontend:
@@ -85,11 +65,11 @@ class Frontend:
         self.tokenizer: Tokenizer | None = loaded.tokenizer
         self.service = EngineService(loaded.engine)
         self._mailbox: LoopMailbox | None = None
+        self._diverted: EventBox | None = None
         # Also at the end of the process, and when a Frontend is dropped: the engine's thread must not outlive
         # the interpreter, nor the weights their last user. Nothing here may refer to `self`.
         self._close = weakref.finalize(self, _shut_down, self.service)
-        pieces = () if loaded.tokenizer is None else loaded.tokenizer.pieces
-        self._longest_token = max(map(len, pieces), default=1)
+        self._encoder = PromptEncoder(loaded)
 
     @property
     def context_length(self) -> int:
@@ -100,6 +80,14 @@ class Frontend:
     def alive(self) -> bool:
         """Whether requests are served: the engine has neither failed nor been closed."""
         return self.service.alive
+
+    def describe(self) -> Mapping[str, object]:
+        """Everything that was resolved when the model was loaded: precision, instruction set, threads ..."""
+        return self.loaded.describe()
+
+    def stats(self) -> EngineStats:
+        """The engine's counters and its state of now; may be asked from any thread."""
+        return self.loaded.engine.stats()
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; none without a vocabulary or outside it."""
@@ -120,55 +108,58 @@ class Frontend:
 
     # ------------------------------------------------------------------ prompts
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt.
+    def encode(
+        self, prompt: Prompt, options: RequestOptions = PLAIN, warnings: list[str] | None = None
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt, with the tools of `options` in its template.
 
+        warnings: gets a sentence for each thing that was done otherwise than asked.
         RequestError: the model has no vocabulary or no chat template, the template refuses the messages, or
         the text can't fit the context (code 'context_length_exceeded', with both numbers).
         """
-        ids = self._encode(prompt)
-        if len(ids) + 1 > self.context_length:
-            raise _too_long(str(len(ids)), self.context_length, prompt)
-        return ids
+        return self._encoder.encode(prompt, options, warnings)
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if prompt.token_ids is not None:
-            return prompt.token_ids
-        if self.tokenizer is None:
-            raise RequestError(
-                f"model {self.model_name} has no vocabulary: give token ids",
-                param=_field(prompt),
-                code="no_vocabulary",
-            )
-        # No token is longer than the longest: text that can't fit is refused before it costs anything.
-        least = _num_characters(prompt) // self._longest_token
-        if least >= self.context_length:
-            raise _too_long(f"at least {least}", self.context_length, prompt)
-        if prompt.text is not None:
-            return tuple(self.tokenizer.encode(prompt.text, special=True))
-        template = self.loaded.chat_template
-        if template is None:
-            raise RequestError(
-                f"model {self.model_name} has no chat template: give a text prompt",
-                param="messages",
-                code="no_chat_template",
-            )
-        return tuple(
-            encode_chat(template, self.tokenizer, list(prompt.messages or ()), **prompt.template_args)
-        )
+    def count(self, prompt: Prompt, options: RequestOptions = PLAIN) -> int:
+        """Tokens of a prompt, as `encode` makes them. Errors as `encode`."""
+        return len(self.encode(prompt, options))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, control tokens by name, bytes that are not UTF-8 replaced.
+
+        RequestError: no vocabulary, or an id outside it.
+        """
+        return self._encoder.decode(ids)
 
     def _request(
-        self, ids: tuple[int, ...], params: SamplingParams, request_id: str | None = None
+        self,
+        ids: tuple[int, ...],
+        params: SamplingParams,
+        options: RequestOptions = PLAIN,
+        request_id: str | None = None,
     ) -> EngineRequest:
-        if params.stop and self.tokenizer is None:
-            raise RequestError(
-                f"model {self.model_name} has no vocabulary, so stop strings can't be found in its text",
-                param="stop",
-                code="no_vocabulary",
+        if params.stop:
+            self._encoder.vocabulary("stop", "stop strings can't be found in its text")
+        if options is PLAIN:
+            request = EngineRequest(request_id or os.urandom(12).hex(), ids, params)
+        else:
+            request = EngineRequest(
+                request_id or os.urandom(12).hex(),
+                ids,
+                params if options.generate else replace(params, max_tokens=1, stop=()),
+                priority=options.priority,
+                tenant=options.tenant,
+                cache_salt=options.cache_salt,
+                prompt_logprobs=options.prompt_logprobs,
+                deadline=options.deadline,
             )
-        request = EngineRequest(request_id or os.urandom(12).hex(), ids, params)
         self.loaded.engine.check(request)
         return request
+
+    def _assembler(self, request: EngineRequest, options: RequestOptions, arrived: float) -> TextAssembler:
+        num_tokens = len(request.prompt_ids)
+        if options.generate and options.prompt_logprobs is None:
+            return TextAssembler(self.tokenizer, request.params, num_tokens, arrived)
+        return RichAssembler(self.tokenizer, request.params, num_tokens, arrived, options.generate)
 
     # ------------------------------------------------------------------ asynchronous
 
@@ -178,15 +169,20 @@ class Frontend:
         params: SamplingParams,
         request_id: str | None = None,
         arrived: float | None = None,
+        options: RequestOptions = PLAIN,
+        warnings: list[str] | None = None,
     ) -> AsyncGenerator[TextChunk, None]:
         """The answer in chunks, from the engine's own thread (started by the first call). Tokens that are
         ready together come as one chunk.
 
         arrived: monotonic seconds when the request came in, if that was before now (for its timing).
+        warnings: has everything that was done otherwise than asked when the first chunk comes.
         Closing the iterator or cancelling the task stops the request before the next step.
         RequestError before the first chunk; EngineError when the engine fails.
         """
-        async with aclosing(self.stream_tokens(prompt, params, request_id, arrived)) as parts:
+        async with aclosing(
+            self.stream_tokens(prompt, params, request_id, arrived, options, warnings)
+        ) as parts:
             async for chunks in parts:
                 yield join_chunks(chunks)
 
@@ -196,19 +192,26 @@ class Frontend:
         params: SamplingParams,
         request_id: str | None = None,
         arrived: float | None = None,
+        options: RequestOptions = PLAIN,
+        warnings: list[str] | None = None,
+        direct: DirectSink | None = None,
     ) -> AsyncGenerator[list[TextChunk], None]:
-        """As `stream`, but a chunk per token: what is ready together comes as one list."""
+        """As `stream`, but a chunk per token: what is ready together comes as one list.
+
+        direct: takes chunks on the engine's thread while it can, for one stream at a time; the iterator gives
+        the first, the last, and those that it did not take.
+        """
         import asyncio  # 20 ms that only asynchronous callers should pay, and they have it already
 
-        from hayai.frontend_async import EventBox
+        from hayai.frontend_async import EventBox, forwarder
 
         arrived = time.monotonic() if arrived is None else arrived
-        if _num_characters(prompt) < LONG_TEXT:
-            ids = self.encode(prompt)
+        if prompt.num_characters < LONG_TEXT:
+            ids = self.encode(prompt, options, warnings)
         else:
-            ids = await asyncio.to_thread(self.encode, prompt)
-        request = self._request(ids, params, request_id)
-        assembler = TextAssembler(self.tokenizer, params, len(ids), arrived)
+            ids = await asyncio.to_thread(self.encode, prompt, options, warnings)
+        request = self._request(ids, params, options, request_id)
+        assembler = self._assembler(request, options, arrived)
         box = EventBox(self._loop_mailbox(asyncio.get_running_loop()))
         self.service.start()
         self.service.submit(request, box.post, arrived)
@@ -217,9 +220,22 @@ class Frontend:
                 chunks = _push_all(assembler, await box.take())
                 if chunks:
                     yield chunks
+                if direct is not None and self._may_divert(box, params) and await direct.open():
+                    box.divert(forwarder(assembler, direct))
         finally:
+            if self._diverted is box:
+                box.undivert()
+                self._diverted = None
             if not assembler.engine_finished:
                 self.service.abort(request.request_id)
+
+    def _may_divert(self, box: EventBox, params: SamplingParams) -> bool:
+        """Whether the engine's thread may write this stream: for several the loop, beside it, is cheaper. A
+        stop string ends an answer between two events, which is for the loop to see."""
+        if params.stop or self._diverted not in (None, box):
+            return False
+        self._diverted = box
+        return True
 
     def _loop_mailbox(self, loop: AbstractEventLoop) -> LoopMailbox:
         from hayai.frontend_async import LoopMailbox  # as above
@@ -231,17 +247,24 @@ class Frontend:
 
     # ------------------------------------------------------------------ synchronous
 
-    def iterate(self, prompt: Prompt, params: SamplingParams) -> Generator[TextChunk, None, None]:
+    def iterate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        options: RequestOptions = PLAIN,
+        warnings: list[str] | None = None,
+    ) -> Generator[TextChunk, None, None]:
         """The answer in chunks. Errors in the prompt are raised here, not at the first chunk.
 
         Closing the iterator stops the request.
         """
         arrived = time.monotonic()
-        request = self._request(self.encode(prompt), params)
-        return self._iterate(request, arrived)
+        request = self._request(self.encode(prompt, options, warnings), params, options)
+        return self._iterate(request, self._assembler(request, options, arrived), arrived)
 
-    def _iterate(self, request: EngineRequest, arrived: float) -> Generator[TextChunk, None, None]:
-        assembler = TextAssembler(self.tokenizer, request.params, len(request.prompt_ids), arrived)
+    def _iterate(
+        self, request: EngineRequest, assembler: TextAssembler, arrived: float
+    ) -> Generator[TextChunk, None, None]:
         events: SimpleQueue[TokenEvent] = SimpleQueue()
         self.service.submit(request, events.put, arrived)
         try:
@@ -254,7 +277,11 @@ class Frontend:
                 self.service.abort(request.request_id)
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        options: RequestOptions = PLAIN,
+        warnings: list[str] | None = None,
     ) -> list[Completion]:
         """Answers to all prompts, run together; in the order of the prompts.
 
@@ -264,16 +291,17 @@ class Frontend:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling parameters", param="params")
-        requests = [self._request(self.encode(p), q) for p, q in zip(prompts, each, strict=True)]
+        requests = [
+            self._request(self.encode(prompt, options, warnings), own, options)
+            for prompt, own in zip(prompts, each, strict=True)
+        ]
         events: SimpleQueue[TokenEvent] = SimpleQueue()
         running: dict[str, TextAssembler] = {}
         chunks: dict[str, list[TextChunk]] = {request.request_id: [] for request in requests}
         try:
             for request in requests:
                 self.service.submit(request, events.put, arrived)
-                running[request.request_id] = TextAssembler(
-                    self.tokenizer, request.params, len(request.prompt_ids), arrived
-                )
+                running[request.request_id] = self._assembler(request, options, arrived)
             while running:
                 event = self._next(events)
                 assembler = running.get(event.request_id)
@@ -327,25 +355,5 @@ def _completion(whole: TextChunk) -> Completion:
         whole.timing,
         whole.logprobs,
         whole.stop,
-    )
-
-
-def _field(prompt: Prompt) -> str:
-    return "messages" if prompt.messages is not None else "prompt"
-
-
-def _num_characters(prompt: Prompt) -> int:
-    """Size of the text to tokenise, which is at most its number of bytes."""
-    if prompt.text is not None:
-        return len(prompt.text)
-    contents = (m.get("content") for m in prompt.messages or ())
-    return sum(len(c) for c in contents if isinstance(c, str))
-
-
-def _too_long(tokens: str, context_length: int, prompt: Prompt) -> RequestError:
-    return RequestError(
-        f"the prompt has {tokens} tokens, and with at least one to generate it must fit the context of "
-        f"{context_length} tokens",
-        param=_field(prompt),
-        code="context_length_exceeded",
+        whole.prompt_logprobs,
     )

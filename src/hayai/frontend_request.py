@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from hayai.engine.request import MAX_LOGPROBS
+from hayai.errors import RequestError
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -69,6 +72,29 @@ class RequestOptions:
     reasoning: bool = True
     prompt_logprobs: int | None = None
     generate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.prompt_logprobs is not None and not 0 <= self.prompt_logprobs <= MAX_LOGPROBS:
+            raise RequestError(
+                f"prompt_logprobs must be from 0 to {MAX_LOGPROBS}: {self.prompt_logprobs!r}",
+                param="prompt_logprobs",
+                code="invalid_value",
+            )
+        names = [tool.name for tool in self.tools]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise RequestError(f"two tools are named {twice!r}", param="tools", code="invalid_value")
+        if self.forced_tool is not None and self.forced_tool not in names:
+            raise RequestError(
+                f"tool_choice names {self.forced_tool!r}, which is not among the tools: "
+                f"{', '.join(names) or 'there are none'}",
+                param="tool_choice",
+                code="invalid_value",
+            )
+        if self.tool_choice == "required" and not names:
+            raise RequestError(
+                "tool_choice is 'required', but there are no tools", param="tool_choice", code="invalid_value"
+            )
 
 
 PLAIN = RequestOptions()

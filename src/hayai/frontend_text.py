@@ -31,8 +31,8 @@ class TextChunk(NamedTuple):
 
     Text of a token may come a chunk later than its id (half a UTF-8 sequence). The last chunk has a
     `finish_reason` ('stop', 'length', 'tool_calls', 'timeout' or 'abort'), usage and timing; `stop` is the
-    stop string that ended it. reasoning and tool_calls are what a router took out of the text. prompt_logprobs: on
-    the first chunk where they were asked for; None for the prompt's first token.
+    stop string that ended it. reasoning and tool_calls are what a router took out of the text.
+    prompt_logprobs: on the first chunk where they were asked for; None for the prompt's first token.
     A named tuple for the same reason as TokenEvent.
     """
 
@@ -151,6 +151,41 @@ class TextAssembler:
         )
 
 
+class RichAssembler(TextAssembler):
+    """A TextAssembler for what most requests don't ask for, so that they don't pay for it.
+
+    generate False: the sampled token is dropped; what comes is one chunk without text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        prompt_tokens: int,
+        arrived: float,
+        generate: bool = True,
+    ) -> None:
+        super().__init__(tokenizer, params, prompt_tokens, arrived)
+        self._generate = generate
+        self._prompt_logprobs: tuple[Logprob | None, ...] | None = None
+
+    def push(self, event: TokenEvent) -> TextChunk | None:
+        if event.prompt_logprobs is not None:
+            self._prompt_logprobs = event.prompt_logprobs
+        chunk = super().push(event) if self._generate else self._score(event)
+        if chunk is None:
+            return None
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        return chunk if prompt_logprobs is None else chunk._replace(prompt_logprobs=prompt_logprobs)
+
+    def _score(self, event: TokenEvent) -> TextChunk | None:
+        """Only the prompt was wanted: the last event without its token."""
+        if event.finish_reason not in ("stop", "length"):
+            return None if event.finish_reason is None else super().push(event)
+        chunk = super().push(event._replace(token_id=-1, finish_reason="stop", logprob=None))
+        return None if chunk is None else chunk._replace(finish_reason="length")
+
+
 def join_chunks(chunks: Sequence[TextChunk]) -> TextChunk:
     """Several chunks in a row as one; the end of the last one is the end of it."""
     if len(chunks) == 1:
@@ -159,4 +194,7 @@ def join_chunks(chunks: Sequence[TextChunk]) -> TextChunk:
         text="".join(c.text for c in chunks),
         token_ids=tuple(t for c in chunks for t in c.token_ids),
         logprobs=tuple(p for c in chunks for p in c.logprobs),
+        reasoning="".join(c.reasoning for c in chunks),
+        tool_calls=tuple(d for c in chunks for d in c.tool_calls),
+        prompt_logprobs=chunks[0].prompt_logprobs,
     )
