@@ -13,6 +13,7 @@
 namespace hayai {
 
 constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kSmallPage = 4096;
 constexpr size_t kCacheLine = 64;
 
 inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
@@ -33,7 +34,8 @@ public:
       throw std::bad_alloc();
     }
     start_ = reinterpret_cast<uint8_t *>(round_up(reinterpret_cast<uintptr_t>(base_), kHugePage));
-    if (huge) madvise(start_, round_up(bytes, kHugePage), MADV_HUGEPAGE);
+    // Whole huge pages only: the last one would be all resident for a few bytes.
+    if (huge) madvise(start_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
 #else
     (void)huge;
     mapped_ = bytes + 2 * kHugePage;
@@ -53,6 +55,16 @@ public:
 
   uint8_t *data() const { return start_; }
   size_t size() const { return size_; }
+
+  // Gives the memory behind `used` bytes back to the system: what a huge page brought along.
+  void trim(size_t used) {
+#if defined(__linux__)
+    const size_t keep = round_up(used, kSmallPage), end = round_up(size_, kSmallPage);
+    if (base_ && keep < end) madvise(start_ + keep, end - keep, MADV_DONTNEED);
+#else
+    (void)used;
+#endif
+  }
 
 private:
   void swap(Region &other) {
@@ -88,6 +100,7 @@ public:
   }
   float *take_floats(size_t count) { return reinterpret_cast<float *>(take(count * sizeof(float))); }
   size_t used() const { return used_; }
+  void trim() { region_.trim(used_); }
 
 private:
   Region region_;

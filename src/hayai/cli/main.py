@@ -30,6 +30,10 @@ VERBS = {
 """Verb -> one line of help. Verb X is the click command `command` of hayai.cli.X."""
 
 
+ONE_BLAS_THREAD = ("run", "chat", "serve")
+"""Verbs that compute in our own kernels: numpy's matrix threads would only hold memory there (0.6 MB)."""
+
+
 class LazyGroup(click.Group):
     """A group that knows its verbs by name and imports one when it is used: start-up time is a feature."""
 
@@ -39,6 +43,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
+        if cmd_name in ONE_BLAS_THREAD:
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         command = importlib.import_module(f"hayai.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
