@@ -206,8 +206,7 @@ int Executor::add_phase(Phase phase) {
   } else if (phase.kind == PhaseKind::kHead) {
     const int64_t groups = phase.head ? phase.head->groups : phase.weight.groups;
     phase.num_chunks = (groups + phase.chunk_groups - 1) / phase.chunk_groups;
-    phase.range_index = num_ranges_;
-    num_ranges_ += 2; // a screened and a full pass may both run in one step
+    phase.range_index = num_ranges_++;
   } else if (phase.kind == PhaseKind::kAttention) {
     phase.attention_phase = attention_count_++;
     phase.range_index = num_ranges_++;
@@ -218,6 +217,7 @@ int Executor::add_phase(Phase phase) {
 
 void Executor::finish(int64_t vocab) {
   vocab_ = vocab;
+  if (weight_arena_) weight_arena_->trim();
   int64_t max_cols = 32, max_chunk = 1, max_heads = 1, max_value = 1, max_per_kv = 1;
   for (const Phase &p : phases_) {
     if (p.kind == PhaseKind::kLinear || p.kind == PhaseKind::kHead) {
@@ -258,18 +258,16 @@ void Executor::finish(int64_t vocab) {
   parts_ = reinterpret_cast<float *>(parts_region_.data());
   part_stats_ = parts_ + round_up(size_t(part_capacity_ * max_heads * max_value), 16);
   padded_vocab_ = int64_t(round_up(size_t(vocab), 64));
-  head_region_ = Region(2 * size_t(max_rows_) * size_t(padded_vocab_) * sizeof(float), false);
+  head_region_ = Region(2 * size_t(kRowTile) * size_t(padded_vocab_) * sizeof(float), false);
   logits_ = reinterpret_cast<float *>(head_region_.data());
-  bounds_ = logits_ + int64_t(max_rows_) * padded_vocab_;
-  head_inputs_.reserve(size_t(max_rows_));
-  for (int i = 0; i < max_rows_; i++) head_inputs_.push_back(std::make_unique<HeadInput>(max_cols));
+  bounds_ = logits_ + kRowTile * padded_vocab_;
+  for (int i = 0; i < kRowTile; i++) head_inputs_.push_back(std::make_unique<HeadInput>(max_cols));
   ranges_ = std::make_unique<WorkRange[]>(size_t(num_ranges_) * size_t(pool_.max_threads()));
   for (int t = 0; t < pool_.max_threads(); t++)
     threads_.push_back(std::make_unique<ThreadState>(k_, max_cols, int64_t(tokens), max_chunk, max_per_kv,
                                                      max_value, vocab));
   seq_of_token_.resize(tokens);
-  head_rows_.resize(size_t(pool_.max_threads()) * size_t(max_rows_));
-  thresholds_ = std::vector<std::atomic<float>>(size_t(max_rows_));
+  head_rows_.resize(size_t(pool_.max_threads()) * kRowTile);
 }
 
 void Executor::copy_blocks(int group, int64_t source, int64_t target) {
@@ -350,7 +348,6 @@ void Executor::step(const StepArgs &args) {
   for (int s = 0; s < args.num_seqs; s++)
     for (int t = args.query_start[s]; t < args.query_start[s + 1]; t++) seq_of_token_[size_t(t)] = s;
   survivors_.store(0, std::memory_order_relaxed);
-  next_candidate_.store(0, std::memory_order_relaxed);
   plan_units();
   plan_rows();
   pool_.run(active_, [this](int thread) { run_thread(thread); });
@@ -387,15 +384,15 @@ int64_t Executor::work_count(const Phase &p) const {
 
 void Executor::reset_ranges(int thread) {
   // Only a barrier after this may other threads steal from these ranges; the embedding phase ends in one.
-  for (const Phase &p : phases_) {
-    if (p.range_index < 0) continue;
-    const int64_t count = work_count(p);
-    const uint64_t end = uint64_t(share_end(count, thread)), next = uint64_t(static_end(count, thread));
-    const int passes = p.kind == PhaseKind::kHead ? 2 : 1;
-    for (int i = 0; i < passes; i++)
-      ranges_[size_t(p.range_index + i) * size_t(pool_.max_threads()) + size_t(thread)].packed.store(
-          end << 32 | next, std::memory_order_relaxed);
-  }
+  for (const Phase &p : phases_)
+    if (p.range_index >= 0) reset_range(thread, p);
+}
+
+void Executor::reset_range(int thread, const Phase &p) {
+  const int64_t count = work_count(p);
+  const uint64_t end = uint64_t(share_end(count, thread)), next = uint64_t(static_end(count, thread));
+  ranges_[size_t(p.range_index) * size_t(pool_.max_threads()) + size_t(thread)].packed.store(
+      end << 32 | next, std::memory_order_relaxed);
 }
 
 int64_t Executor::take(WorkRange &range, bool from_front) {

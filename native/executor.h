@@ -60,6 +60,16 @@ struct ScreenedHead {
   float max_code_norm = 0, max_row_norm = 0;
 };
 
+// Logit rows that go through the head together. Their logits stay in cache until they have been read, memory
+// does not grow with the number of rows, and the weights of so many rows' products are read often enough.
+constexpr int kRowTile = 16;
+
+struct RowTile {
+  const int32_t *rows = nullptr; // which logit rows of the step
+  int count = 0;
+  bool screened = false;
+};
+
 // A GLU chunk's outputs fit this many floats on the stack.
 constexpr int64_t kMaxGluChunk = 512;
 
@@ -209,6 +219,7 @@ private:
   void run_thread(int thread);
   void run_phase(int thread, const Phase &p);
   void reset_ranges(int thread);
+  void reset_range(int thread, const Phase &p);
   template <class Work> void for_chunks(int thread, int range_index, int64_t count, Work &&work);
   // A thread's share of `count` pieces of work, and the end of the part that nobody may steal.
   int64_t share_begin(int64_t count, int thread) const { return count * thread / active_; }
@@ -235,6 +246,7 @@ private:
   void attend_unit(int thread, const Phase &p, const Unit &u, int head);
   void plan_units();
   void plan_rows();
+  void plan_row_tiles(const std::vector<int32_t> &rows, bool screened);
   void attend_splits(int thread, const Phase &p);
   int64_t part_row(const Phase &p, const Unit &u, int head, int split) const;
   void merge_head(const Phase &p, const Unit &u, int head) const;
@@ -243,20 +255,23 @@ private:
   void lm_head(int thread, const Phase &p);
   const float *head_row_input(int thread, const Phase &p, int row);
   void prepare_planes(int thread, const Phase &p, int row, HeadInput &input);
-  HeadInput &head_input(int thread, size_t i, size_t rows);
-  void prepare_rows(int thread, const Phase &p, const std::vector<int32_t> &rows);
-  void high_parts(int thread, const Phase &p, const std::vector<int32_t> &rows, int64_t first,
-                  int64_t groups);
-  void low_parts(int thread, const Phase &p, size_t i, const int64_t *rows, int64_t n, float *y);
-  void screened_pass(int thread, const Phase &p);
-  void rescore(int thread, const Phase &p);
+  HeadInput &head_input(int thread, int i, const RowTile &tile);
+  HeadRow &head_row(int thread, int i);
+  float *logits_of(int i) { return logits_ + i * padded_vocab_; } // i: within the tile
+  void prepare_rows(int thread, const Phase &p, const RowTile &tile);
+  void high_parts(int thread, const Phase &p, const RowTile &tile, int64_t first, int64_t groups);
+  void low_parts(const Phase &p, const HeadInput &input, const int64_t *rows, int64_t n, float *y);
+  void screened_pass(int thread, const Phase &p, const RowTile &tile);
+  void rescore(int thread, const Phase &p, const RowTile &tile);
+  void store_best(const RowTile &tile);
   static void collect_candidates(const float *bound, const float *high, int64_t begin, int64_t end,
                                  float threshold, std::vector<Candidate> &found);
-  void score_candidates(int thread, const Phase &p, size_t i, const Candidate *candidates, size_t n);
-  void full_pass(int thread, const Phase &p);
-  void prepare_plain(int thread, const Phase &p);
-  void plain_logits(int thread, const Phase &p, int64_t first, int64_t groups);
-  void sample_rows(int thread, const Phase &p);
+  void score_candidates(int thread, const Phase &p, const RowTile &tile, int i, const Candidate *candidates,
+                        size_t n);
+  void full_pass(int thread, const Phase &p, const RowTile &tile);
+  void prepare_plain(int thread, const Phase &p, const RowTile &tile);
+  void plain_logits(int thread, const Phase &p, const RowTile &tile, int64_t first, int64_t groups);
+  void sample_rows(int thread, const RowTile &tile);
 
   const KernelTable &k_;
   Pool pool_;
@@ -300,10 +315,11 @@ private:
   Region head_region_;
   float *logits_ = nullptr, *bounds_ = nullptr;
   int64_t padded_vocab_ = 0;
-  std::vector<int32_t> screened_rows_, full_rows_;      // of this step: logit rows by way of serving them
-  std::vector<std::unique_ptr<HeadInput>> head_inputs_; // per logit row, where there are several
-  std::vector<HeadRow> head_rows_;                      // [thread][row]
-  std::vector<std::atomic<float>> thresholds_;          // per screened row: the best exact logit known
+  std::vector<int32_t> screened_rows_, full_rows_; // of this step: logit rows by way of serving them
+  std::vector<RowTile> row_tiles_;
+  std::vector<std::unique_ptr<HeadInput>> head_inputs_; // per row of a tile, where there are several
+  std::vector<HeadRow> head_rows_;                      // [thread][row of the tile]
+  std::atomic<float> thresholds_[kRowTile] = {};        // per screened row: the best exact logit known
   std::atomic<int64_t> next_candidate_{0};
   std::atomic<int64_t> survivors_{0};
   StepStats stats_;

@@ -92,6 +92,10 @@ struct Executor::HeadRow {
   int64_t row = 0;
 };
 
+inline Executor::HeadRow &Executor::head_row(int thread, int i) {
+  return head_rows_[size_t(thread) * kRowTile + size_t(i)];
+}
+
 // Chunks of a phase: a thread does the first 70 % of its own share without any atomic operation, then
 // takes the rest of its share from the front, then its neighbours' from the back. Owner and thief both
 // keep reading linearly. One core is often some per cent slower than another; without stealing that is

@@ -38,28 +38,39 @@ void Executor::plan_rows() {
                         !(args_->extras.targets && args_->extras.targets[r] >= 0);
     (screen ? screened_rows_ : full_rows_).push_back(r);
   }
+  row_tiles_.clear();
+  plan_row_tiles(screened_rows_, true);
+  plan_row_tiles(full_rows_, false);
+}
+
+// As even as whole tiles of tokens allow, so that no tile is left with a row or two.
+void Executor::plan_row_tiles(const std::vector<int32_t> &rows, bool screened) {
+  const int count = int(rows.size());
+  if (count == 0) return;
+  const int tiles = (count + kRowTile - 1) / kRowTile;
+  const int most = int(round_up(size_t((count + tiles - 1) / tiles), kTileTokens));
+  for (int at = 0; at < count; at += most)
+    row_tiles_.push_back({rows.data() + at, std::min(most, count - at), screened});
 }
 
 void Executor::lm_head(int thread, const Phase &p) {
-  if (!screened_rows_.empty()) {
-    screened_pass(thread, p);
-    pool_.barrier(thread);
-    rescore(thread, p);
-    pool_.barrier(thread);
-    if (thread == 0)
-      for (size_t i = 0; i < screened_rows_.size(); i++) {
-        const HeadRow *best = &head_rows_[i];
-        for (int t = 1; t < active_; t++) {
-          const HeadRow &other = head_rows_[size_t(t) * size_t(max_rows_) + i];
-          if (other.best > best->best || (other.best == best->best && other.row < best->row)) best = &other;
-        }
-        args_->out_tokens[screened_rows_[i]] = int32_t(best->row);
-      }
-  }
-  if (!full_rows_.empty()) {
-    full_pass(thread, p);
-    pool_.barrier(thread);
-    sample_rows(thread, p);
+  for (size_t i = 0; i < row_tiles_.size(); i++) {
+    if (i > 0) { // what the last tile left is still being read, and its chunks are used up
+      reset_range(thread, p);
+      pool_.barrier(thread);
+    }
+    const RowTile &tile = row_tiles_[i];
+    if (tile.screened) {
+      screened_pass(thread, p, tile);
+      pool_.barrier(thread);
+      rescore(thread, p, tile);
+      pool_.barrier(thread);
+      if (thread == 0) store_best(tile);
+    } else {
+      full_pass(thread, p, tile);
+      pool_.barrier(thread);
+      sample_rows(thread, tile);
+    }
   }
 }
 
@@ -113,33 +124,33 @@ void Executor::prepare_planes(int thread, const Phase &p, int row, HeadInput &in
 }
 
 // A single row is prepared by every thread for itself; several are shared.
-Executor::HeadInput &Executor::head_input(int thread, size_t i, size_t rows) {
-  return rows == 1 ? threads_[size_t(thread)]->head : *head_inputs_[i];
+Executor::HeadInput &Executor::head_input(int thread, int i, const RowTile &tile) {
+  return tile.count == 1 ? threads_[size_t(thread)]->head : *head_inputs_[size_t(i)];
 }
 
 // Quantise all rows; several also into tiles, for the products of many tokens: the high plane's in store 0,
 // the outlier plane's in store 1.
-void Executor::prepare_rows(int thread, const Phase &p, const std::vector<int32_t> &rows) {
-  if (rows.size() == 1) {
-    prepare_planes(thread, p, rows[0], threads_[size_t(thread)]->head);
+void Executor::prepare_rows(int thread, const Phase &p, const RowTile &tile) {
+  if (tile.count == 1) {
+    prepare_planes(thread, p, tile.rows[0], threads_[size_t(thread)]->head);
     return;
   }
   const int64_t blocks = p.head->planes.cols / kBlockInputs;
-  const int count = int(rows.size());
+  const int count = tile.count;
   const float *zeros = threads_[size_t(thread)]->zeros; // a missing token: zero codes, scales and sums
   const int8_t *no_q = reinterpret_cast<const int8_t *>(zeros);
-  for (int tile = thread; tile * kTileTokens < count; tile += active_)
+  for (int four = thread; four * kTileTokens < count; four += active_)
     for (int slot = 0; slot < kTileTokens; slot++) {
-      const int i = tile * kTileTokens + slot;
+      const int i = four * kTileTokens + slot;
       if (i >= count) {
-        fill_slot(stores_[0], tile, slot, blocks, no_q, zeros, zeros);
-        fill_slot(stores_[1], tile, slot, 1, no_q, zeros, zeros);
+        fill_slot(stores_[0], four, slot, blocks, no_q, zeros, zeros);
+        fill_slot(stores_[1], four, slot, 1, no_q, zeros, zeros);
         continue;
       }
       HeadInput &input = *head_inputs_[size_t(i)];
-      prepare_planes(thread, p, rows[size_t(i)], input);
-      fill_slot(stores_[0], tile, slot, blocks, input.q, input.high_scale, input.high_sum);
-      fill_slot(stores_[1], tile, slot, 1, input.outlier_q, &input.outlier_scale, &input.outlier_sum);
+      prepare_planes(thread, p, tile.rows[i], input);
+      fill_slot(stores_[0], four, slot, blocks, input.q, input.high_scale, input.high_sum);
+      fill_slot(stores_[1], four, slot, 1, input.outlier_q, &input.outlier_scale, &input.outlier_sum);
     }
   pool_.barrier(thread);
 }
@@ -158,70 +169,69 @@ void Executor::fill_slot(const ActStore &store, int tile, int slot, int64_t bloc
 }
 
 // High parts of a chunk's logits, of all rows, into logits_.
-void Executor::high_parts(int thread, const Phase &p, const std::vector<int32_t> &rows, int64_t first,
-                          int64_t groups) {
+void Executor::high_parts(int thread, const Phase &p, const RowTile &tile, int64_t first, int64_t groups) {
   ThreadState &s = *threads_[size_t(thread)];
   const int64_t cols = p.head->planes.cols;
   const size_t size = group_bytes(kQ4_0, k_.group_rows, cols);
   const uint8_t *w = p.head->planes.high + size_t(first) * size;
   float *y = logits_ + first * k_.group_rows;
-  if (rows.size() == 1) {
+  if (tile.count == 1) {
     k_.gemv[kQ4_0](w, groups, cols, {s.head.q, s.head.high_scale, s.head.high_sum, nullptr}, y);
     return;
   }
   const ActBatch a{stores_[0].q, stores_[0].scale, stores_[0].sum, nullptr, 0};
-  k_.gemm[kQ4_0](w, groups, cols, a, int64_t(rows.size()), y, padded_vocab_, s.gemm,
-                 w + size_t(groups) * size);
+  k_.gemm[kQ4_0](w, groups, cols, a, tile.count, y, padded_vocab_, s.gemm, w + size_t(groups) * size);
 }
 
 // ---------------------------------------------------------------- screening
 
-void Executor::screened_pass(int thread, const Phase &p) {
+void Executor::screened_pass(int thread, const Phase &p, const RowTile &tile) {
   const ScreenedHead &head = *p.head;
   ThreadState &s = *threads_[size_t(thread)];
-  const size_t rows = screened_rows_.size();
+  const int rows = tile.count;
   const size_t outlier_size = group_bytes(kQ4_0, k_.group_rows, kBlockInputs);
-  prepare_rows(thread, p, screened_rows_);
-  HeadRow *best = &head_rows_[size_t(thread) * size_t(max_rows_)];
-  for (size_t i = 0; i < rows; i++) best[i] = {-INFINITY, -INFINITY, 0};
+  if (thread == 0) next_candidate_.store(0, std::memory_order_relaxed);
+  prepare_rows(thread, p, tile);
+  HeadRow *best = &head_row(thread, 0);
+  for (int i = 0; i < rows; i++) best[i] = {-INFINITY, -INFINITY, 0};
   const int64_t ldy = int64_t(round_up(size_t(p.chunk_groups * k_.group_rows), 16));
   for_chunks(thread, p.range_index, p.num_chunks, [&](int64_t chunk) {
     const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, head.groups - first);
     const int64_t first_row = first * k_.group_rows;
     const int64_t n = std::min(groups * k_.group_rows, head.vocab - first_row); // padding rows are left out
-    high_parts(thread, p, screened_rows_, first, groups);
+    high_parts(thread, p, tile, first, groups);
     const uint8_t *w = head.planes.outlier + size_t(first) * outlier_size;
     if (rows == 1) {
       k_.gemv[kQ4_0](w, groups, kBlockInputs,
                      {s.head.outlier_q, &s.head.outlier_scale, &s.head.outlier_sum, nullptr}, s.y);
     } else {
       const ActBatch a{stores_[1].q, stores_[1].scale, stores_[1].sum, nullptr, 0};
-      k_.gemm[kQ4_0](w, groups, kBlockInputs, a, int64_t(rows), s.y, ldy, s.gemm, nullptr);
+      k_.gemm[kQ4_0](w, groups, kBlockInputs, a, rows, s.y, ldy, s.gemm, nullptr);
     }
-    for (size_t i = 0; i < rows; i++) {
-      float *estimate = s.y + int64_t(i) * ldy;
-      k_.add(estimate, logits_ + int64_t(i) * padded_vocab_ + first_row, n, estimate);
-      const int64_t top = k_.screen_bounds(estimate, head.rest_error + first_row,
-                                           head.outlier_error + first_row, head_input(thread, i, rows).terms,
-                                           n, bounds_ + int64_t(i) * padded_vocab_ + first_row);
+    for (int i = 0; i < rows; i++) {
+      float *estimate = s.y + i * ldy;
+      k_.add(estimate, logits_of(i) + first_row, n, estimate);
+      const int64_t top =
+          k_.screen_bounds(estimate, head.rest_error + first_row, head.outlier_error + first_row,
+                           head_input(thread, i, tile).terms, n, bounds_ + i * padded_vocab_ + first_row);
       if (estimate[top] > best[i].best) {
         best[i].best = estimate[top];
         best[i].row = first_row + top;
-        best[i].first_exact = logits_[int64_t(i) * padded_vocab_ + best[i].row];
+        best[i].first_exact = logits_of(i)[best[i].row];
       }
     }
   });
   // The exact score of this thread's best estimate is the first threshold.
-  for (size_t i = 0; i < rows; i++) {
-    if (best[i].best > -INFINITY) low_parts(thread, p, i, &best[i].row, 1, &best[i].first_exact);
+  for (int i = 0; i < rows; i++) {
+    if (best[i].best > -INFINITY)
+      low_parts(p, head_input(thread, i, tile), &best[i].row, 1, &best[i].first_exact);
     best[i].best = best[i].first_exact;
     if (std::isnan(best[i].best)) best[i] = {-INFINITY, -INFINITY, 0}; // the sum overflowed: no threshold
   }
 }
 
 // Add the low part to the high parts y of some rows: their exact logits.
-void Executor::low_parts(int thread, const Phase &p, size_t i, const int64_t *rows, int64_t n, float *y) {
-  const HeadInput &input = head_input(thread, i, screened_rows_.size());
+void Executor::low_parts(const Phase &p, const HeadInput &input, const int64_t *rows, int64_t n, float *y) {
   k_.head_low(p.head->planes, rows, 0, n, input.q, input.scale, input.low_sum, y);
 }
 
@@ -244,40 +254,39 @@ void Executor::collect_candidates(const float *bound, const float *high, int64_t
 // The rows that may still win are collected by all threads, each from its share of the vocabulary, and then
 // scored in batches that any thread takes: how many there are differs much between the shares. The
 // threshold of a row rises as its candidates are scored.
-void Executor::rescore(int thread, const Phase &p) {
+void Executor::rescore(int thread, const Phase &p, const RowTile &tile) {
   const ScreenedHead &head = *p.head;
   ThreadState &s = *threads_[size_t(thread)];
-  const size_t rows = screened_rows_.size();
+  const int rows = tile.count;
   const int64_t begin = head.vocab * thread / active_, end = head.vocab * (thread + 1) / active_;
   s.candidates.clear();
   s.candidate_start.assign(1, 0);
-  for (size_t i = 0; i < rows; i++) {
+  for (int i = 0; i < rows; i++) {
     float threshold = -INFINITY;
-    for (int t = 0; t < active_; t++)
-      threshold = std::max(threshold, head_rows_[size_t(t) * size_t(max_rows_) + i].first_exact);
+    for (int t = 0; t < active_; t++) threshold = std::max(threshold, head_row(t, i).first_exact);
     if (thread == 0) thresholds_[i].store(threshold, std::memory_order_relaxed);
-    const int64_t at = int64_t(i) * padded_vocab_;
-    collect_candidates(bounds_ + at, logits_ + at, begin, end, threshold, s.candidates);
+    collect_candidates(bounds_ + i * padded_vocab_, logits_of(i), begin, end, threshold, s.candidates);
     s.candidate_start.push_back(s.candidates.size());
   }
   pool_.barrier(thread);
 
   int64_t mine = next_candidate_.fetch_add(1, std::memory_order_relaxed), batch = 0;
-  for (size_t i = 0; i < rows; i++)
+  for (int i = 0; i < rows; i++)
     for (int t = 0; t < active_; t++) {
       const ThreadState &other = *threads_[size_t(t)];
-      for (size_t at = other.candidate_start[i]; at < other.candidate_start[i + 1];
-           at += kCandidateBatch, batch++) {
+      const size_t first = other.candidate_start[size_t(i)], stop = other.candidate_start[size_t(i) + 1];
+      for (size_t at = first; at < stop; at += kCandidateBatch, batch++) {
         if (batch < mine) continue;
-        const size_t n = std::min(kCandidateBatch, other.candidate_start[i + 1] - at);
-        score_candidates(thread, p, i, other.candidates.data() + at, n);
+        const size_t n = std::min(kCandidateBatch, stop - at);
+        score_candidates(thread, p, tile, i, other.candidates.data() + at, n);
         mine = next_candidate_.fetch_add(1, std::memory_order_relaxed);
       }
     }
 }
 
-void Executor::score_candidates(int thread, const Phase &p, size_t i, const Candidate *candidates, size_t n) {
-  HeadRow &best = head_rows_[size_t(thread) * size_t(max_rows_) + i];
+void Executor::score_candidates(int thread, const Phase &p, const RowTile &tile, int i,
+                                const Candidate *candidates, size_t n) {
+  HeadRow &best = head_row(thread, i);
   float threshold = thresholds_[i].load(std::memory_order_relaxed);
   int64_t rows[kCandidateBatch], count = 0;
   float y[kCandidateBatch];
@@ -287,7 +296,7 @@ void Executor::score_candidates(int thread, const Phase &p, size_t i, const Cand
       y[count++] = candidates[j].high;
     }
   if (count == 0) return;
-  low_parts(thread, p, i, rows, count, y);
+  low_parts(p, head_input(thread, i, tile), rows, count, y);
   for (int64_t j = 0; j < count; j++)
     if (y[j] > best.best || (y[j] == best.best && rows[j] < best.row)) {
       best.best = y[j];
@@ -299,26 +308,37 @@ void Executor::score_candidates(int thread, const Phase &p, size_t i, const Cand
   survivors_.fetch_add(count, std::memory_order_relaxed);
 }
 
+// The best row that any thread has found, per logit row.
+void Executor::store_best(const RowTile &tile) {
+  for (int i = 0; i < tile.count; i++) {
+    const HeadRow *best = &head_row(0, i);
+    for (int t = 1; t < active_; t++) {
+      const HeadRow &other = head_row(t, i);
+      if (other.best > best->best || (other.best == best->best && other.row < best->row)) best = &other;
+    }
+    args_->out_tokens[tile.rows[i]] = int32_t(best->row);
+  }
+}
+
 // ---------------------------------------------------------------- all logits
 
-void Executor::full_pass(int thread, const Phase &p) {
+void Executor::full_pass(int thread, const Phase &p, const RowTile &tile) {
   if (p.head)
-    prepare_rows(thread, p, full_rows_);
+    prepare_rows(thread, p, tile);
   else
-    prepare_plain(thread, p);
-  const size_t rows = full_rows_.size();
+    prepare_plain(thread, p, tile);
   const int64_t total_groups = p.head ? p.head->groups : p.weight.groups;
-  for_chunks(thread, p.range_index + 1, p.num_chunks, [&](int64_t chunk) {
+  for_chunks(thread, p.range_index, p.num_chunks, [&](int64_t chunk) {
     const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, total_groups - first);
     const int64_t first_row = first * k_.group_rows, n = std::min(groups * k_.group_rows, vocab_ - first_row);
     if (p.head)
-      high_parts(thread, p, full_rows_, first, groups);
+      high_parts(thread, p, tile, first, groups);
     else
-      plain_logits(thread, p, first, groups);
-    for (size_t i = 0; i < rows; i++) {
-      float *y = logits_ + int64_t(i) * padded_vocab_ + first_row;
+      plain_logits(thread, p, tile, first, groups);
+    for (int i = 0; i < tile.count; i++) {
+      float *y = logits_of(i) + first_row;
       if (p.head) {
-        const HeadInput &input = head_input(thread, i, rows);
+        const HeadInput &input = head_input(thread, i, tile);
         k_.head_low(p.head->planes, nullptr, first_row, n, input.q, input.scale, input.low_sum, y);
       }
       if (p.softcap > 0) k_.softcap(y, p.softcap, n, y);
@@ -327,14 +347,14 @@ void Executor::full_pass(int thread, const Phase &p) {
 }
 
 // A head in a layout of its own: its rows' inputs, in the thread's scratch or in store 0.
-void Executor::prepare_plain(int thread, const Phase &p) {
+void Executor::prepare_plain(int thread, const Phase &p, const RowTile &tile) {
   ThreadState &s = *threads_[size_t(thread)];
-  const int rows = int(full_rows_.size());
+  const int rows = tile.count;
   const int64_t cols = p.weight.cols, blocks = cols / kBlockInputs;
   const float factor = sum_factor(p.weight.layout);
   const bool is_float = layout_is_float(p.weight.layout);
   if (rows == 1) {
-    const float *x = head_row_input(thread, p, full_rows_[0]);
+    const float *x = head_row_input(thread, p, tile.rows[0]);
     if (!is_float)
       k_.quantize(x, cols, factor, s.q, s.scale, s.sum);
     else if (x != s.row)
@@ -342,37 +362,36 @@ void Executor::prepare_plain(int thread, const Phase &p) {
     return;
   }
   const ActStore &store = stores_[0];
-  for (int64_t tile = thread; tile * kTileTokens < rows; tile += active_)
+  for (int64_t four = thread; four * kTileTokens < rows; four += active_)
     for (int slot = 0; slot < kTileTokens; slot++) {
-      const int i = int(tile) * kTileTokens + slot;
-      const float *x = i < rows ? head_row_input(thread, p, full_rows_[size_t(i)]) : s.zeros;
+      const int i = int(four) * kTileTokens + slot;
+      const float *x = i < rows ? head_row_input(thread, p, tile.rows[i]) : s.zeros;
       if (!is_float)
-        k_.quantize_tile(x, cols, factor, slot, store.q + size_t(tile * blocks) * kBlockInputs * kTileTokens,
-                         store.scale + tile * blocks * kTileTokens, store.sum + tile * blocks * kTileTokens);
+        k_.quantize_tile(x, cols, factor, slot, store.q + size_t(four * blocks) * kBlockInputs * kTileTokens,
+                         store.scale + four * blocks * kTileTokens, store.sum + four * blocks * kTileTokens);
       else if (i < rows)
         std::memcpy(store.x + i * store.ldx, x, size_t(cols) * sizeof(float));
     }
   pool_.barrier(thread);
 }
 
-void Executor::plain_logits(int thread, const Phase &p, int64_t first, int64_t groups) {
+void Executor::plain_logits(int thread, const Phase &p, const RowTile &tile, int64_t first, int64_t groups) {
   ThreadState &s = *threads_[size_t(thread)];
   const uint8_t *w = p.weight.data + size_t(first) * p.weight.group_bytes;
   float *y = logits_ + first * k_.group_rows;
-  if (full_rows_.size() == 1) {
+  if (tile.count == 1) {
     k_.gemv[p.weight.layout](w, groups, p.weight.cols, {s.q, s.scale, s.sum, s.row}, y);
     return;
   }
   const ActBatch a{stores_[0].q, stores_[0].scale, stores_[0].sum, stores_[0].x, stores_[0].ldx};
-  k_.gemm[p.weight.layout](w, groups, p.weight.cols, a, int64_t(full_rows_.size()), y, padded_vocab_, s.gemm,
-                           nullptr);
+  k_.gemm[p.weight.layout](w, groups, p.weight.cols, a, tile.count, y, padded_vocab_, s.gemm, nullptr);
 }
 
-void Executor::sample_rows(int thread, const Phase &) {
+void Executor::sample_rows(int thread, const RowTile &tile) {
   ThreadState &s = *threads_[size_t(thread)];
-  for (size_t i = size_t(thread); i < full_rows_.size(); i += size_t(active_)) {
-    const int row = full_rows_[i];
-    const float *logits = logits_ + int64_t(i) * padded_vocab_;
+  for (int i = thread; i < tile.count; i += active_) {
+    const int row = tile.rows[i];
+    const float *logits = logits_of(i);
     if (args_->out_logits)
       std::memcpy(args_->out_logits + row * vocab_, logits, size_t(vocab_) * sizeof(float));
     const int64_t position = args_->positions[args_->logit_rows[row]];

@@ -121,3 +121,29 @@ def test_targets_beyond_the_vocabulary_are_refused(backend: str) -> None:
     for targets in (np.array([WIDE.vocab_size], np.int32), np.array([1, 2], np.int32)):
         with pytest.raises(ValueError, match="target"):
             Sequences(runner, plan).step({0: [1, 2]}, rows="last", targets=targets)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("isa", ISAS)
+def test_any_number_of_rows_gives_what_one_row_gives(isa: str, threads: int) -> None:
+    """Rows go through the head in tiles of 16: greedy ones, others, and both beside each other."""
+    config = replace(WIDE, vocab_size=2003)
+    plan, ids = plan_of(config), tokens_for(config, 100)
+    runner = compile_cpu(config, "q8_0", threads, isa)
+    assert runner.describe()["head"] == "screened (exact)"
+    logits = Sequences(runner, plan).logits({0: ids})
+    for count in (1, 2, 3, 15, 16, 17, 21, 32, 33, 50, 100):
+        for kinds in ("greedy", "targets", "both"):
+            rows = [
+                LOGPROBS if kinds == "targets" or (kinds == "both" and r % 3) else SamplingRow()
+                for r in range(count)
+            ]
+            picks = np.arange(len(ids) - count, len(ids), dtype=np.int32)
+            out = Sequences(runner, plan, seed=count).step(
+                {0: ids}, logit_rows=picks, sampling=rows, want_logits=False
+            )
+            assert out.tokens.tolist() == logits[picks].argmax(axis=1).tolist(), f"{count} rows, {kinds}"
+            for r, row in enumerate(rows):
+                if row is LOGPROBS:
+                    want = sample_row(logits[picks[r]], row, 0)
+                    assert out.logprobs[r] == pytest.approx(want.logprob, abs=LOGPROB_TOLERANCE)
