@@ -220,7 +220,7 @@ class Frontend:
                 chunks = _push_all(assembler, await box.take())
                 if chunks:
                     yield chunks
-                if direct is not None and self._may_divert(box, params) and await direct.open():
+                if direct is not None and self._may_divert(box, assembler) and await direct.open():
                     box.divert(forwarder(assembler, direct))
         finally:
             if self._diverted is box:
@@ -229,10 +229,10 @@ class Frontend:
             if not assembler.engine_finished:
                 self.service.abort(request.request_id)
 
-    def _may_divert(self, box: EventBox, params: SamplingParams) -> bool:
-        """Whether the engine's thread may write this stream: for several the loop, beside it, is cheaper. A
-        stop string ends an answer between two events, which is for the loop to see."""
-        if params.stop or self._diverted not in (None, box):
+    def _may_divert(self, box: EventBox, assembler: TextAssembler) -> bool:
+        """Whether the engine's thread may write this stream: one at a time, for several the loop, beside it,
+        is cheaper. An answer that its text may end is for the loop to see."""
+        if not assembler.plain or assembler.finished or self._diverted not in (None, box):
             return False
         self._diverted = box
         return True

@@ -65,6 +65,8 @@ class TextAssembler:
         self._decoded = 0  # characters made so far
         self._shown = 0  # characters given out so far
         self._num_tokens = 0  # tokens given out so far
+        self.plain = type(self) is TextAssembler and self._matcher is None
+        """Each event but the last gives its token's text at once, and no text ends the answer."""
         self.finished = False
         """The last chunk was given out."""
         self.engine_finished = False
