@@ -174,3 +174,9 @@ def test_pulls_wait_for_each_other(tmp_path: Path) -> None:
         assert seen[:1] == ["waiting for another pull"] and not entered.is_set()
     thread.join(5)
     assert entered.is_set()
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero here")
+def test_a_device_is_named_as_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="/dev/zero is not a regular file"):
+        pull.resolve_model("/dev/zero", tmp_path)

@@ -48,6 +48,8 @@ def resolve_model(name_or_path: str, home: Path) -> Path:
             inside = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"; it holds {', '.join(inside[:4])}" if inside else ""
             raise ModelError(f"{path} is a directory{hint}; {_WANTED}")
+        if path.exists():
+            raise ModelError(f"{path} is not a regular file (a device, a pipe or a socket); {_WANTED}")
     except (OSError, RuntimeError) as error:  # a name too long, an unknown ~user
         raise ModelError(f"{name_or_path[:80]!r} can't be a model: {error}; {_WANTED}") from error
     raise ModelError(f"there is no model file {path}; {_WANTED}")
