@@ -1,8 +1,9 @@
-"""Errors on the wire: OpenAI's body, a status, and what a client may be told."""
+"""Errors on the wire: a status, what a client may be told, and the body in the dialect that it speaks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import orjson
 from starlette.exceptions import HTTPException
@@ -12,11 +13,30 @@ from starlette.responses import Response
 from hayai.errors import HayaiError, RequestError
 from hayai.frontend import EngineError
 
-_TYPES = {400: "invalid_request_error", 429: "rate_limit_error", 500: "server_error", 503: "overloaded_error"}
+Dialect = Literal["openai", "anthropic"]
+"""'openai' is also Azure's, and that of our own routes."""
+
+_OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+_ANTHROPIC_PATHS = ("/v1/messages", "/v1/complete")
 
 
 class ApiError(Exception):
-    """An answer other than 200, in the form that OpenAI's clients read.
+    """An answer other than 200; neutral until `body` writes it in a dialect.
 
     `param` is the request field at fault, `code` a short stable identifier.
     """
@@ -37,14 +57,37 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self) -> bytes:
-        """The JSON body: {"error": {"message", "type", "param", "code"}}."""
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return orjson.dumps({"error": error})
+    def body(self, dialect: Dialect = "openai") -> bytes:
+        """The JSON body as clients of that dialect read it."""
+        return orjson.dumps(_SHAPES[dialect](self))
 
-    def response(self) -> Response:
-        return Response(self.body(), self.status, self.headers, "application/json")
+    def response(self, dialect: Dialect = "openai") -> Response:
+        return Response(self.body(dialect), self.status, self.headers, "application/json")
+
+
+def _openai(error: ApiError) -> dict[str, Any]:
+    """{"error": {"message", "type", "param", "code"}}"""
+    default = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = _OPENAI_TYPES.get(error.status, default)
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def _anthropic(error: ApiError) -> dict[str, Any]:
+    """{"type": "error", "error": {"type", "message"}}; our param and code beside them, as extensions."""
+    default = "api_error" if error.status >= 500 else "invalid_request_error"
+    kind = _ANTHROPIC_TYPES.get(error.status, default)
+    inner = {"type": kind, "message": error.message, "param": error.param, "code": error.code}
+    return {"type": "error", "error": inner}
+
+
+_SHAPES: Mapping[Dialect, Callable[[ApiError], dict[str, Any]]] = {"openai": _openai, "anthropic": _anthropic}
+
+
+def dialect_of(request: Request) -> Dialect:
+    """The dialect that a request's client reads: by its path, or by the header which that client sends."""
+    if request.url.path.startswith(_ANTHROPIC_PATHS) or "anthropic-version" in request.headers:
+        return "anthropic"
+    return "openai"
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -62,7 +105,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 async def answer_error(request: Request, error: Exception) -> Response:
     """Handler of ApiError, RequestError and everything unexpected."""
-    return as_api_error(error).response()
+    return as_api_error(error).response(dialect_of(request))
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
@@ -70,9 +113,11 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return ApiError(404, f"no such route: {where}; see /openapi.json", code="not_found").response()
-    if error.status_code == 405:
+        shown = ApiError(404, f"no such route: {where}; see /openapi.json", code="not_found")
+    elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         message = f"method not allowed: {where}; allowed: {allowed}"
-        return ApiError(405, message, code="method_not_allowed", headers=error.headers).response()
-    return ApiError(error.status_code, error.detail, headers=error.headers).response()
+        shown = ApiError(405, message, code="method_not_allowed", headers=error.headers)
+    else:
+        shown = ApiError(error.status_code, error.detail, headers=error.headers)
+    return shown.response(dialect_of(request))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
+from typing import NoReturn
 
 from hayai.errors import RequestError
 
@@ -76,3 +77,22 @@ def check_fields(
             hint = f"; did you mean {near[0]}?" if near else ""
             raise RequestError(f"unknown field: {name}{hint}", param=name, code="unknown_parameter")
     return kept
+
+
+def refuse(param: str, message: str) -> NoReturn:
+    """RequestError of a value that is not what a field takes."""
+    raise RequestError(message, param=param, code="invalid_value")
+
+
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
+
+
+def kind_of(value: object) -> str:
+    """A value as an error shows it: numbers themselves, anything longer by its kind."""
+    if value is None:
+        return "null or absent"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    return _KINDS.get(type(value), "a number")

@@ -2,6 +2,10 @@
 
 Headers go out with the first token, so that everything which can fail before it (an unknown model, a
 prompt that is too long, a full queue) is an HTTP status and not an error inside a 200.
+
+Slow readers: a write waits until the socket takes it. Meanwhile the engine goes on, so that its KV blocks
+come free, and the rest of the answer waits as text, which max_tokens and the context bound. A reader that
+takes nothing for `STALL_SECONDS` has left.
 """
 
 from __future__ import annotations
@@ -16,11 +20,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hayai.engine.request import SamplingParams
-from hayai.frontend import Frontend, Prompt, TextChunk
-from hayai.server.errors import as_api_error
-from hayai.server.gate import Gate, shutting_down
+from hayai.frontend import Prompt, TextChunk, Usage
+from hayai.server.access import Ticket
+from hayai.server.context import ServerContext
+from hayai.server.errors import ApiError, as_api_error
+from hayai.server.gate import shutting_down
 from hayai.server.job import Job
-from hayai.server.replies import Choice, Reply
+from hayai.server.metrics import RequestMeter
+from hayai.server.reply import Choice, Reply, ReplyHead, totals
 
 _log = logging.getLogger("hayai.server")
 _SSE_HEADERS = [
@@ -29,36 +36,100 @@ _SSE_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
+PING_SECONDS = 15.0
+"""A stream that is silent for so long gets a ping: proxies cut connections on which nothing moves."""
+STALL_SECONDS = 60.0
+"""A reader that takes nothing for so long has left."""
+
 
 class Generation(Response):
-    """A response that is made while it is sent: pure ASGI, one write per event."""
+    """A response that is made while it is sent: pure ASGI, one write per event.
 
-    def __init__(self, frontend: Frontend, job: Job, reply: Reply, request_id: str, gate: Gate) -> None:
+    It owns the request's ticket and meter, and settles both exactly once however it ends: with the tokens
+    that were handed to the client, and 'ok', 'cancelled' (the client left), 'timeout' (its deadline passed),
+    'aborted' (the server closed) or 'error'.
+    """
+
+    def __init__(
+        self,
+        context: ServerContext,
+        job: Job,
+        reply: Reply,
+        head: ReplyHead,
+        ticket: Ticket,
+        meter: RequestMeter,
+        arrived: float,
+    ) -> None:
         self.background = None
         self.status_code = 200
-        self._frontend = frontend
+        self._context = context
+        self._frontend = context.frontend
+        self._gate = context.gate
         self._job = job
         self._reply = reply
-        self._request_id = request_id
-        self._gate = gate
+        self._head = head
+        self._ticket = ticket
+        self._meter = meter
+        self._arrived = arrived
         self._started = False
+        self._warnings = list(job.warnings)
+        self._finished: list[Choice] = []
+        self._num_tokens = 0
+        self._body = b""
+        self._sending_since = 0.0  # loop time at which the write that is under way began; 0: none is
+        self._last_sent = 0.0
+
+    # ------------------------------------------------------------------ life
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._serve(receive, send)
+        finally:
+            self._settle("cancelled")
+
+    async def body_bytes(self) -> bytes:
+        """The whole answer without a socket. ApiError and RequestError as a client would get them."""
+        num_choices = self._job.num_choices
+        try:
+            self._gate.check(num_choices)
+            work = asyncio.create_task(self._collect())
+            self._gate.enter(work, num_choices)
+            try:
+                await work
+            except asyncio.CancelledError:
+                if self._gate.closing:
+                    raise self._settled(shutting_down()) from None
+                raise
+            except Exception as error:
+                raise self._settled(error) from None
+            finally:
+                work.cancel()
+                self._gate.leave(work, num_choices)
+            self._settle("ok")
+            await self._ticket.flushed()
+            return self._body
+        finally:
+            self._settle("cancelled")
+
+    async def _serve(self, receive: Receive, send: Send) -> None:
         num_choices = self._job.num_choices
         self._gate.check(num_choices)
         run = self._stream if self._job.stream else self._answer
         work = asyncio.create_task(run(send))
         watch = asyncio.create_task(_disconnect(receive))
+        awake = asyncio.create_task(self._keep_awake(send)) if self._job.stream else watch
         self._gate.enter(work, num_choices)
         try:
-            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-            gone = watch.done() and not work.done()
+            await asyncio.wait((work, watch, awake), return_when=asyncio.FIRST_COMPLETED)
+            gone = not work.done()
         finally:
-            work.cancel()
-            watch.cancel()
-            await asyncio.gather(work, watch, return_exceptions=True)
+            for task in (work, watch, awake):
+                task.cancel()
+            await asyncio.gather(work, watch, awake, return_exceptions=True)
             self._gate.leave(work, num_choices)
         if gone:
+            if not watch.done() or watch.cancelled():
+                raise ConnectionAbortedError("the client stopped reading")  # which closes the connection
             return
         if work.cancelled():
             await self._fail(shutting_down(), send)
@@ -68,20 +139,49 @@ class Generation(Response):
 
     async def _fail(self, error: Exception, send: Send) -> None:
         """An HTTP status before the first byte, an error event after it."""
+        self._settled(error)
         if not self._started:
             raise error
         shown = as_api_error(error)
         if shown.status >= 500 and shown is not error:
-            _log.error("request %s failed: %s", self._request_id, error, exc_info=error)
-        event = b"data: " + shown.body() + b"\n\n"
-        await send({"type": "http.response.body", "body": event, "more_body": False})
+            _log.error("request %s failed: %s", self._head.request_id, error, exc_info=error)
+        await send({"type": "http.response.body", "body": self._reply.error(shown), "more_body": False})
+
+    def _settled(self, error: Exception) -> Exception:
+        self._settle(_STATUSES.get(as_api_error(error).code or "", "error"))
+        return error
+
+    def _settle(self, status: str) -> None:
+        """Report what was used; the first call counts."""
+        if len(self._finished) == self._job.num_choices:
+            usage = totals(self._job, self._finished)
+        else:  # a prompt counts once its first token has come
+            prompt_tokens = self._head.prompt_tokens if self._num_tokens else 0
+            usage = Usage(prompt_tokens, self._num_tokens)
+        timing = self._finished[0].timing if self._finished else None
+        self._meter.finished(status, usage, timing)
+        first = self._meter.first
+        self._ticket.settle(
+            usage.prompt_tokens,
+            usage.cached_tokens,
+            usage.completion_tokens,
+            status,
+            1e3 * (first - self._arrived) if first else None,
+        )
+
+    # ------------------------------------------------------------------ streamed
 
     async def _stream(self, send: Send) -> None:
-        reply = self._reply
-        finished: list[Choice] = []
+        reply, meter = self._reply, self._meter
+        loop = asyncio.get_running_loop()
+        finished = self._finished
+        event = b""
         async with aclosing(self._chunks()) as chunks:
             async for index, ready in chunks:
                 event = b"".join([reply.event(index, chunk) for chunk in ready])  # an event each, one write
+                num_tokens = sum([len(chunk.token_ids) for chunk in ready])
+                self._num_tokens += num_tokens
+                meter.tokens(num_tokens)
                 if not self._started:
                     await self._start(send)
                     event = reply.opening() + event
@@ -89,42 +189,88 @@ class Generation(Response):
                 if chunk.finish_reason is not None:
                     _check_finished(chunk)
                     choice = Choice(index)
-                    choice.add(chunk)
+                    choice.end(chunk)
                     finished.append(choice)
                     if len(finished) == self._job.num_choices:
                         break
                 if event:
+                    self._sending_since = loop.time()
                     await send({"type": "http.response.body", "body": event, "more_body": True})
+                    self._last_sent, self._sending_since = self._sending_since, 0.0
         finished.sort(key=lambda c: c.index)
+        self._settle("ok")
+        await self._ticket.flushed()
         body = event + reply.closing(finished)  # the last event shares its write with the end
+        self._sending_since = loop.time()
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _start(self, send: Send) -> None:
         self._started = True
-        headers = [*_SSE_HEADERS, (b"x-request-id", self._request_id.encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": self._head_lines(_SSE_HEADERS)})
+
+    async def _keep_awake(self, send: Send) -> None:
+        """Ping a stream that is silent; return when its reader has taken nothing for too long."""
+        loop = asyncio.get_running_loop()
+        self._last_sent = loop.time()
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            now = loop.time()
+            if self._sending_since:
+                if now - self._sending_since >= STALL_SECONDS:
+                    return
+            elif now - self._last_sent >= PING_SECONDS:
+                await self._ping(send)
+
+    async def _ping(self, send: Send) -> None:
+        """A silent stream says that it lives, from now on with a status of 200 even if it fails."""
+        loop = asyncio.get_running_loop()
+        self._sending_since = loop.time()
+        body = self._reply.ping
+        if not self._started:
+            await self._start(send)
+            body = self._reply.opening() + body
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._last_sent, self._sending_since = loop.time(), 0.0
+
+    # ------------------------------------------------------------------ whole
 
     async def _answer(self, send: Send) -> None:
+        await self._collect()
+        self._settle("ok")
+        await self._ticket.flushed()
+        self._started = True
+        headers = self._head_lines(
+            [(b"content-type", b"application/json"), (b"content-length", str(len(self._body)).encode())]
+        )
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": self._body, "more_body": False})
+
+    async def _collect(self) -> None:
+        """Run it all and keep the whole body."""
         choices = [Choice(i) for i in range(self._job.num_choices)]
         async with aclosing(self._chunks()) as chunks:
             async for index, ready in chunks:
+                num_tokens = 0
                 for chunk in ready:
                     _check_finished(chunk)
                     choices[index].add(chunk)
-        body = self._reply.whole(choices)
-        self._started = True
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", self._request_id.encode()),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+                    num_tokens += len(chunk.token_ids)
+                self._num_tokens += num_tokens
+                self._meter.tokens(num_tokens)
+        self._finished = choices
+        self._body = self._reply.whole(choices)
+
+    def _head_lines(self, first: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        headers = [*first, (b"x-request-id", self._head.request_id.encode())]
+        headers += [(k.encode(), v.encode()) for k, v in self._ticket.headers.items()]
+        headers += [(b"x-hayai-warning", w.encode("ascii", "replace")) for w in self._warnings]
+        return headers
+
+    # ------------------------------------------------------------------ chunks
 
     async def _chunks(self) -> AsyncGenerator[tuple[int, list[TextChunk]], None]:
         """(choice, its next chunks) as they come. Closing it aborts what still runs."""
-        prompts = await self._prompts()
-        streams = [self._one(prompts[i // self._job.n], i) for i in range(self._job.num_choices)]
+        streams = [self._one(i) for i in range(self._job.num_choices)]
         if len(streams) == 1:
             async with aclosing(streams[0]) as stream:
                 async for ready in stream:
@@ -134,18 +280,16 @@ class Generation(Response):
             async for item in merged:
                 yield item
 
-    def _one(self, prompt: Prompt, index: int) -> AsyncGenerator[list[TextChunk], None]:
-        params = _with_seed(self._job.params, index % self._job.n)
-        request_id = f"{self._request_id}-{index}" if self._job.num_choices > 1 else self._request_id
-        return self._frontend.stream_tokens(prompt, params, request_id)
+    def _one(self, index: int) -> AsyncGenerator[list[TextChunk], None]:
+        job, request_id = self._job, self._head.request_id
+        prompt = Prompt(token_ids=self._head.prompts[index // job.n])
+        params = _with_seed(job.params, index % job.n)
+        if job.num_choices > 1:
+            request_id = f"{request_id}-{index}"
+        return self._frontend.stream_tokens(prompt, params, request_id, self._arrived)
 
-    async def _prompts(self) -> Sequence[Prompt]:
-        """The prompts; tokenised once where several choices continue each."""
-        prompts = self._job.prompts
-        if self._job.n == 1:
-            return prompts  # the frontend does it
-        encode = self._frontend.encode
-        return [Prompt(token_ids=await asyncio.to_thread(encode, prompt)) for prompt in prompts]
+
+_STATUSES = {"shutting_down": "aborted", "deadline_exceeded": "timeout"}
 
 
 def _with_seed(params: SamplingParams, choice: int) -> SamplingParams:
@@ -159,6 +303,8 @@ def _check_finished(chunk: TextChunk) -> None:
     """An answer that the engine gave up is not an answer."""
     if chunk.finish_reason == "abort":
         raise shutting_down()
+    if chunk.finish_reason == "timeout":
+        raise ApiError(504, "the request's deadline passed before it was done", code="deadline_exceeded")
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -17,8 +17,8 @@ class Job:
     dialect: the key of its encoder in replies.REPLIES ('chat', 'completion', 'responses', 'anthropic').
     model: the name that the client asked for; the route resolves it through the aliases and shows it again in
     the answer. echo: the prompt's text before the answer's (completions). warnings: parameters that were
-    accepted without effect, told in the `x-hayai-warning` header. extra: what one dialect needs back when it
-    encodes (its own request, mostly); nobody else reads it.
+    accepted without effect, told in the `x-hayai-warning` header. request_id: None = a fresh one. extra: what
+    one dialect needs back when it encodes (its own request, mostly); nobody else reads it.
     """
 
     dialect: str
@@ -32,6 +32,7 @@ class Job:
     echo: bool = False
     options: RequestOptions = PLAIN
     warnings: tuple[str, ...] = ()
+    request_id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

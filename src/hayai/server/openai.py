@@ -8,7 +8,7 @@ ignore_eos, stop_token_ids, timings.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 from hayai.engine.request import MAX_LOGPROBS, SamplingParams
 from hayai.errors import RequestError
 from hayai.frontend import Prompt
-from hayai.server.fields import REFUSED_CHAT, REFUSED_COMPLETION, check_fields
+from hayai.server.context import ServerContext
+from hayai.server.fields import REFUSED_CHAT, REFUSED_COMPLETION, check_fields, kind_of, refuse
 from hayai.server.job import Job
 
 MAX_CHOICES = 16
@@ -106,24 +107,20 @@ class CompletionRequest(GenerationRequest):
 Body = TypeVar("Body", bound=GenerationRequest)
 
 
-def _refuse(param: str, message: str) -> NoReturn:
-    raise RequestError(message, param=param, code="invalid_value")
-
-
-def parse_chat(raw: bytes) -> Job:
+def parse_chat(raw: bytes, context: ServerContext) -> Job:
     """A chat completion body as a Job. RequestError names the field at fault."""
     body = _validate(raw, ChatRequest, REFUSED_CHAT)
     limits = {v for v in (body.max_tokens, body.max_completion_tokens) if v is not None}
     if len(limits) > 1:
-        _refuse("max_tokens", "max_tokens and max_completion_tokens disagree; give one of them")
+        refuse("max_tokens", "max_tokens and max_completion_tokens disagree; give one of them")
     if body.top_logprobs is not None and not body.logprobs:
-        _refuse("top_logprobs", "top_logprobs needs logprobs: true")
+        refuse("top_logprobs", "top_logprobs needs logprobs: true")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _sampling(body, limits.pop() if limits else None, logprobs)
     return _job("chat", body, (Prompt(messages=_messages(body.messages)),), params)
 
 
-def parse_completion(raw: bytes) -> Job:
+def parse_completion(raw: bytes, context: ServerContext) -> Job:
     """A completion body as a Job. RequestError names the field at fault."""
     body = _validate(raw, CompletionRequest, REFUSED_COMPLETION)
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
@@ -138,7 +135,7 @@ def _job(
     params: SamplingParams,
 ) -> Job:
     if body.stream_options is not None and not body.stream:
-        _refuse("stream_options", "stream_options needs stream: true")
+        refuse("stream_options", "stream_options needs stream: true")
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     return Job(dialect, body.model, prompts, params, body.n, body.stream, include_usage, body.timings)
 
@@ -149,7 +146,7 @@ def _validate(raw: bytes, model: type[Body], refused: Any) -> Body:
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(parsed, dict):
-        raise RequestError(f"the body must be a JSON object: {_kind(parsed)}", code="invalid_json")
+        raise RequestError(f"the body must be a JSON object: {kind_of(parsed)}", code="invalid_json")
     kept = check_fields(parsed, model.model_fields, refused)
     try:
         return model.model_validate(kept)
@@ -164,7 +161,7 @@ def _first_error(error: ValidationError) -> RequestError:
         return RequestError(f"{param} is required", param=param, code="missing_required_parameter")
     if first["type"] == "extra_forbidden":
         return RequestError(f"unknown field: {param}", param=param, code="unknown_parameter")
-    message = f"{param}: {first['msg'][:1].lower()}{first['msg'][1:]}; found {_kind(first['input'])}"
+    message = f"{param}: {first['msg'][:1].lower()}{first['msg'][1:]}; found {kind_of(first['input'])}"
     return RequestError(message, param=param, code="invalid_value")
 
 
@@ -197,20 +194,20 @@ def _stop(value: object) -> tuple[str, ...]:
         return (value,)
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         return tuple(value)
-    _refuse("stop", f"stop must be a string or a list of strings: {_kind(value)}")
+    refuse("stop", f"stop must be a string or a list of strings: {kind_of(value)}")
 
 
 def _logit_bias(value: object) -> dict[int, float]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        _refuse("logit_bias", f"logit_bias must be an object of token ids and numbers: {_kind(value)}")
+        refuse("logit_bias", f"logit_bias must be an object of token ids and numbers: {kind_of(value)}")
     bias: dict[int, float] = {}
     for key, number in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
-            _refuse("logit_bias", f"logit_bias: a key must be a token id: {key[:40]!r}")
+            refuse("logit_bias", f"logit_bias: a key must be a token id: {key[:40]!r}")
         if isinstance(number, bool) or not isinstance(number, int | float):
-            _refuse("logit_bias", f"logit_bias[{key}] must be a number: {_kind(number)}")
+            refuse("logit_bias", f"logit_bias[{key}] must be a number: {kind_of(number)}")
         bias[int(key)] = float(number)
     return bias
 
@@ -219,11 +216,11 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (Prompt(text=value),)
     if not isinstance(value, list) or not value:
-        _refuse("prompt", f"prompt must be a string, token ids, or a list of either: {_kind(value)}")
+        refuse("prompt", f"prompt must be a string, token ids, or a list of either: {kind_of(value)}")
     if all(type(v) is int for v in value):
         return (Prompt(token_ids=_token_ids(value, "prompt")),)
     if len(value) > MAX_PROMPTS:
-        _refuse("prompt", f"at most {MAX_PROMPTS} prompts in one request: {len(value)}")
+        refuse("prompt", f"at most {MAX_PROMPTS} prompts in one request: {len(value)}")
     prompts: list[Prompt] = []
     for i, item in enumerate(value):
         if isinstance(item, str):
@@ -231,14 +228,14 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
         elif isinstance(item, list) and item and all(type(v) is int for v in item):
             prompts.append(Prompt(token_ids=_token_ids(item, f"prompt[{i}]")))
         else:
-            _refuse("prompt", f"prompt[{i}] must be a string or a list of token ids: {_kind(item)}")
+            refuse("prompt", f"prompt[{i}] must be a string or a list of token ids: {kind_of(item)}")
     return tuple(prompts)
 
 
 def _token_ids(values: list[int], where: str) -> tuple[int, ...]:
     bad = next((v for v in values if not 0 <= v < 1 << 31), None)
     if bad is not None:
-        _refuse("prompt", f"{where}: not a token id: {bad}")
+        refuse("prompt", f"{where}: not a token id: {bad}")
     return tuple(values)
 
 
@@ -248,19 +245,19 @@ _NULL_MESSAGE_FIELDS = ("tool_calls", "function_call", "audio", "refusal", "anno
 
 def _messages(value: object) -> tuple[dict[str, str], ...]:
     if not isinstance(value, list) or not value:
-        _refuse("messages", f"messages must be a list with at least one message: {_kind(value)}")
+        refuse("messages", f"messages must be a list with at least one message: {kind_of(value)}")
     if len(value) > MAX_MESSAGES:
-        _refuse("messages", f"at most {MAX_MESSAGES} messages: {len(value)}")
+        refuse("messages", f"at most {MAX_MESSAGES} messages: {len(value)}")
     return tuple(_message(m, f"messages[{i}]") for i, m in enumerate(value))
 
 
 def _message(value: object, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        _refuse(where, f"{where} must be an object: {_kind(value)}")
+        refuse(where, f"{where} must be an object: {kind_of(value)}")
     role = value.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        shown = repr(role[:40]) if isinstance(role, str) else _kind(role)
-        _refuse(f"{where}.role", f"{where}.role must be one of {', '.join(_ROLES)}: {shown}")
+        shown = repr(role[:40]) if isinstance(role, str) else kind_of(role)
+        refuse(f"{where}.role", f"{where}.role must be one of {', '.join(_ROLES)}: {shown}")
     message = {"role": _ROLES[role], "content": _content(value.get("content"), f"{where}.content")}
     for name, field in value.items():
         if name in ("role", "content") or (name in _NULL_MESSAGE_FIELDS and field in (None, [])):
@@ -278,36 +275,22 @@ def _content(value: object, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        _refuse(where, f"{where} must be a string or a list of text parts: {_kind(value)}")
+        refuse(where, f"{where} must be a string or a list of text parts: {kind_of(value)}")
     return "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
 
 
 def _part(value: object, where: str) -> str:
     if not isinstance(value, dict):
-        _refuse(where, f"{where} must be an object: {_kind(value)}")
+        refuse(where, f"{where} must be an object: {kind_of(value)}")
     if value.get("type") != "text":
-        _refuse(f"{where}.type", f"{where}.type: only 'text' is supported: {str(value.get('type'))[:40]!r}")
+        refuse(f"{where}.type", f"{where}.type: only 'text' is supported: {str(value.get('type'))[:40]!r}")
     unknown = next((name for name in value if name not in ("type", "text")), None)
     if unknown is not None:
-        _refuse(f"{where}.{unknown}", f"unsupported field: {where}.{unknown}")
+        refuse(f"{where}.{unknown}", f"unsupported field: {where}.{unknown}")
     return _string(value.get("text"), f"{where}.text")
 
 
 def _string(value: object, where: str) -> str:
     if not isinstance(value, str):
-        _refuse(where, f"{where} must be a string: {_kind(value)}")
+        refuse(where, f"{where} must be a string: {kind_of(value)}")
     return value
-
-
-_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "an integer"}
-
-
-def _kind(value: object) -> str:
-    """A value as an error shows it: numbers themselves, anything longer by its kind."""
-    if value is None:
-        return "null or absent"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    return _KINDS.get(type(value), "a number")

@@ -6,80 +6,42 @@ per choice, and the JSON string of the new text. Only logprobs are built as obje
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 
-from hayai.engine.request import Logprob, RequestTiming
-from hayai.frontend import Frontend, TextChunk, Usage
+from hayai.engine.request import Logprob
+from hayai.frontend import TextChunk
 from hayai.server.job import Job
-
-TokenBytes = Callable[[int], bytes]
+from hayai.server.reply import Choice, Reply, ReplyHead, timings, totals
 
 DONE = b"data: [DONE]\n\n"
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks; the API's own value."""
 
 
-def token_bytes_of(frontend: Frontend) -> TokenBytes:
-    """How log-probabilities name tokens; b"" for one that the vocabulary lacks (a model may have more rows
-    than its vocabulary has tokens, or no vocabulary at all)."""
-    tokenizer = frontend.tokenizer
-    vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
+class ChunkReply(Reply):
+    """What `chat.completion.chunk` and `text_completion` have in common."""
 
-    def token_bytes(token_id: int) -> bytes:
-        return b"" if tokenizer is None or token_id >= vocab_size else tokenizer.token_bytes(token_id)
-
-    return token_bytes
-
-
-@dataclass
-class Choice:
-    """What one choice has produced so far."""
-
-    index: int
-    text: list[str] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
-    finish_reason: str | None = None
-    usage: Usage | None = None
-    timing: RequestTiming | None = None
-
-    def add(self, chunk: TextChunk) -> None:
-        self.text.append(chunk.text)
-        self.logprobs.extend(chunk.logprobs)
-        if chunk.finish_reason is not None:
-            self.finish_reason, self.usage, self.timing = chunk.finish_reason, chunk.usage, chunk.timing
-
-
-class Reply(ABC):
-    """Encoder of one request's answer; `ChatReply` and `CompletionReply` are the two dialects.
-
-    `token_bytes` gives a token's bytes (logprobs name tokens by their text).
-    """
-
-    id_prefix = ""
     object_name = ""
     chunk_object_name = ""
 
-    def __init__(
-        self, job: Job, request_id: str, model: str, created: int, fingerprint: str, token_bytes: TokenBytes
-    ) -> None:
-        self.job = job
-        self.token_bytes = token_bytes
+    def __init__(self, job: Job, head: ReplyHead) -> None:
+        super().__init__(job, head)
+        self.token_bytes = head.token_bytes
         self._head = {
-            "id": request_id,
+            "id": head.request_id,
             "object": self.object_name,
-            "created": created,
-            "model": model,
-            "system_fingerprint": fingerprint,
+            "created": head.created,
+            "model": head.model,
+            "system_fingerprint": head.fingerprint,
         }
         self._chunk_head = self._head | {"object": self.chunk_object_name}
         tail = b',"usage":null}\n\n' if job.include_usage else b"}\n\n"
-        head = b"data: " + orjson.dumps(self._chunk_head)[:-1]
-        self._prefixes = [head + self._choice_prefix(i) for i in range(job.num_choices)]
+        start = b"data: " + orjson.dumps(self._chunk_head)[:-1]
+        self._prefixes = [start + self._choice_prefix(i) for i in range(job.num_choices)]
         self._suffix = b',"logprobs":null,"finish_reason":null}]' + tail
         self._tail = tail
         self._text_offsets = [0] * job.num_choices
@@ -108,7 +70,7 @@ class Reply(ABC):
         """The usage event where it was asked for, and the end mark."""
         extra = self._totals(choices) if self.job.include_usage else {}
         if self.job.timings:
-            extra["timings"] = [timings(c.timing) for c in choices if c.timing is not None]
+            extra["timings"] = [timings(c.timing, self.head) for c in choices if c.timing is not None]
         if not extra:
             return DONE
         return b"data: " + orjson.dumps(self._chunk_head | {"choices": []} | extra) + b"\n\n" + DONE
@@ -117,22 +79,18 @@ class Reply(ABC):
         """The body of an answer that is not streamed."""
         body = self._head | {"choices": [self._whole_choice(c) for c in choices]} | self._totals(choices)
         if self.job.timings:
-            body["timings"] = [timings(c.timing) for c in choices if c.timing is not None]
+            body["timings"] = [timings(c.timing, self.head) for c in choices if c.timing is not None]
         return orjson.dumps(body)
 
     def _totals(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """Usage over all choices: a prompt counts once, however many choices continue it."""
-        usages = [c.usage for c in choices if c.usage is not None]
-        prompts = [c.usage for c in choices if c.usage is not None and c.index % self.job.n == 0]
-        prompt_tokens = sum(u.prompt_tokens for u in prompts)
-        completion_tokens = sum(u.completion_tokens for u in usages)
-        usage = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in prompts)},
+        usage = totals(self.job, choices)
+        shown = {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         }
-        return {"usage": usage}
+        return {"usage": shown}
 
     @abstractmethod
     def _choice_prefix(self, index: int) -> bytes: ...
@@ -150,7 +108,7 @@ class Reply(ABC):
     def _whole_choice(self, choice: Choice) -> dict[str, Any]: ...
 
 
-class ChatReply(Reply):
+class ChatReply(ChunkReply):
     """chat.completion and chat.completion.chunk."""
 
     id_prefix = "chatcmpl-"
@@ -197,7 +155,7 @@ class ChatReply(Reply):
         }
 
 
-class CompletionReply(Reply):
+class CompletionReply(ChunkReply):
     """text_completion, streamed or not."""
 
     id_prefix = "cmpl-"
@@ -248,15 +206,3 @@ class CompletionReply(Reply):
 
 
 REPLIES: dict[str, type[Reply]] = {"chat": ChatReply, "completion": CompletionReply}
-
-
-def timings(timing: RequestTiming) -> dict[str, float | int]:
-    """The engine's own clock, in milliseconds; beside a client's figures, never in their place."""
-    return {
-        "queue_ms": round(1e3 * (timing.scheduled - timing.arrived), 3),
-        "prefill_ms": round(1e3 * (timing.first_token - timing.scheduled), 3),
-        "decode_ms": round(1e3 * (timing.finished - timing.first_token), 3),
-        "prompt_tokens": timing.prompt_tokens,
-        "cached_tokens": timing.cached_tokens,
-        "output_tokens": timing.output_tokens,
-    }
