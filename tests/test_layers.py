@@ -61,7 +61,8 @@ NEVER = {"torch", "triton", "transformers", "llama_cpp"}
 LAZY = {
     "asyncio", "readline", "rich", "uvloop", "hayai._native", "hayai.api", "hayai.backends", "hayai.bench",
     "hayai.frontend_async", "hayai.text.budget", "hayai.text.sandbox", "hayai.weights.download", "tokenizers",
-    "opentelemetry", "prometheus_client",
+    "hayai.server.ledger", "hayai.server.storage",
+    "llguidance", "opentelemetry", "prometheus_client",
 }  # fmt: skip
 """Optional or slow, so that a function may import them (below a comment that says why)."""
 

@@ -159,7 +159,12 @@ class ServerConfig:
     says why). queue_seconds: the longest estimated wait; more is refused with 429. request_timeout: seconds
     after which a request ends, None = never. drain_seconds: how long running requests may take to end after
     SIGTERM. batch_parallel: lines of batches that run at once on an idle server; None = half of
-    max_sequences. otlp_endpoint: where traces go (OpenTelemetry over HTTP), None = nowhere."""
+    max_sequences. otlp_endpoint: where traces go (OpenTelemetry over HTTP), None = nowhere.
+
+    database: URL of keys and ledger (SQLite or PostgreSQL), None = there is none. require_keys: None = from
+    the moment that the database has a key. tls_cert and tls_key: PEM files, None = no TLS. log_requests: file
+    that gets every prompt and answer, None = nobody keeps them.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -173,3 +178,8 @@ class ServerConfig:
     limits: LimitsConfig = LimitsConfig()
     aliases: Mapping[str, str] = field(default_factory=dict)
     state_dir: Path | None = None
+    database: str | None = None
+    require_keys: bool | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    log_requests: Path | None = None
