@@ -2,7 +2,8 @@
 //
 // Screening (greedy rows, Q8_0 head): a first pass over the 4-bit high plane plus the outlier plane gives
 // every row of the vocabulary an estimate and a bound of its error (pack.h). Rows whose upper bound reaches
-// the best exact logit known are scored exactly; the largest is the argmax, by proof.
+// the best exact logit known are scored exactly; the largest is the argmax, by proof. Where a mask forbids
+// rows, they have neither an estimate nor a bound, and are not scored.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -33,9 +34,8 @@ void Executor::plan_rows() {
   // A soft cap may round two logits to one value, and then the lower id wins: only all logits tell.
   const bool screened = head && head->head && head->softcap <= 0;
   for (int r = 0; r < args_->num_rows; r++) {
-    const bool screen = screened && args_->sampling[r].plain_greedy && !args_->out_logits &&
-                        !(args_->extras.masks && args_->extras.masks[r]) &&
-                        !(args_->extras.targets && args_->extras.targets[r] >= 0);
+    const bool screen =
+        screened && args_->sampling[r].plain_greedy && !args_->out_logits && args_->extras.target(r) < 0;
     (screen ? screened_rows_ : full_rows_).push_back(r);
   }
   row_tiles_.clear();
@@ -211,6 +211,7 @@ void Executor::screened_pass(int thread, const Phase &p, const RowTile &tile) {
     for (int i = 0; i < rows; i++) {
       float *estimate = s.y + i * ldy;
       k_.add(estimate, logits_of(i) + first_row, n, estimate);
+      if (const uint32_t *mask = args_->extras.mask(tile.rows[i])) forbid(mask, first_row, n, estimate);
       const int64_t top =
           k_.screen_bounds(estimate, head.rest_error + first_row, head.outlier_error + first_row,
                            head_input(thread, i, tile).terms, n, bounds_ + i * padded_vocab_ + first_row);
@@ -290,8 +291,9 @@ void Executor::score_candidates(int thread, const Phase &p, const RowTile &tile,
   float threshold = thresholds_[i].load(std::memory_order_relaxed);
   int64_t rows[kCandidateBatch], count = 0;
   float y[kCandidateBatch];
+  const uint32_t *mask = args_->extras.mask(tile.rows[i]);
   for (size_t j = 0; j < n; j++)
-    if (!(candidates[j].bound < threshold)) {
+    if (!(candidates[j].bound < threshold) && (!mask || allowed(mask, candidates[j].row))) {
       rows[count] = candidates[j].row;
       y[count++] = candidates[j].high;
     }
@@ -316,7 +318,9 @@ void Executor::store_best(const RowTile &tile) {
       const HeadRow &other = head_row(t, i);
       if (other.best > best->best || (other.best == best->best && other.row < best->row)) best = &other;
     }
-    args_->out_tokens[tile.rows[i]] = int32_t(best->row);
+    const uint32_t *mask = args_->extras.mask(tile.rows[i]);
+    const bool found = !mask || allowed(mask, best->row);
+    args_->out_tokens[tile.rows[i]] = int32_t(found ? best->row : lowest_allowed(mask, vocab_));
   }
 }
 

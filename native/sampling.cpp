@@ -17,6 +17,23 @@ double uniform(uint64_t seed, uint64_t position) {
   return double(splitmix64(splitmix64(seed) ^ position) >> 40) / double(1 << 24);
 }
 
+// Eight tokens at a time, without a branch per token: masks of grammars are dense here and empty there.
+void forbid(const uint32_t *mask, int64_t first, int64_t count, float *y) {
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < count; i += 8) {
+    const uint32_t bits = mask[(first + i) / 32] >> ((first + i) % 32) & 255;
+    if (bits == 255) continue;
+    const int64_t n = std::min<int64_t>(8, count - i);
+    for (int64_t j = 0; j < n; j++) y[i + j] = bits & (1u << j) ? y[i + j] : kNever;
+  }
+}
+
+int64_t lowest_allowed(const uint32_t *mask, int64_t vocab) {
+  for (int64_t i = 0; i < vocab; i++)
+    if (allowed(mask, i)) return i;
+  return 0;
+}
+
 namespace {
 
 using Scratch = Sampler::Scratch;
@@ -34,11 +51,7 @@ void adjust(const SamplingSpec &spec, const RowExtras &extras, int row, int64_t 
   if (extras.bias_start)
     for (int i = extras.bias_start[row]; i < extras.bias_start[row + 1]; i++)
       x[extras.bias_ids[i]] += extras.bias_values[i];
-  if (extras.masks && extras.masks[row]) {
-    const uint32_t *mask = extras.masks[row];
-    for (int64_t i = 0; i < vocab; i++)
-      if (!(mask[i / 32] >> (i % 32) & 1)) x[i] = -std::numeric_limits<float>::infinity();
-  }
+  if (const uint32_t *mask = extras.mask(row)) forbid(mask, 0, vocab, x);
 }
 
 // Tokens by descending logit, ties by ascending id.
@@ -128,7 +141,7 @@ SampleResult Sampler::sample(const KernelTable &k, const SamplingSpec &spec, con
                              int64_t position, const float *logits, int64_t vocab, Scratch &s,
                              int32_t *top_ids, float *top_logprobs) {
   const int64_t best = k.argmax(logits, vocab);
-  const int32_t target = extras.targets ? extras.targets[row] : -1;
+  const int32_t target = extras.target(row);
   const bool logprobs = spec.num_logprobs >= 0 || target >= 0;
   float log_total = 0;
   if (logprobs || spec.temperature > 0) s.weights.resize(size_t(vocab));
@@ -147,11 +160,14 @@ SampleResult Sampler::sample(const KernelTable &k, const SamplingSpec &spec, con
   if (target >= 0) return {int32_t(best), logits[target] - log_total};
   const float *x = logits;
   int64_t top = best;
-  if (spec.has_extras || (extras.masks && extras.masks[row])) {
+  const uint32_t *mask = extras.mask(row);
+  if (spec.has_extras || mask) {
     s.logits.assign(logits, logits + vocab);
     adjust(spec, extras, row, vocab, s.logits.data());
     x = s.logits.data();
     top = k.argmax(x, vocab);
+    // Where all that is allowed is NaN or -infinity, any index may be the largest.
+    if (mask && !allowed(mask, top)) top = lowest_allowed(mask, vocab);
   }
   int64_t token = top;
   if (spec.temperature > 0) {

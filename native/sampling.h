@@ -24,7 +24,17 @@ struct RowExtras {
   const int32_t *history_start = nullptr, *history_ids = nullptr, *history_counts = nullptr;
   const uint32_t *const *masks = nullptr; // per row, null = all tokens allowed
   const int32_t *targets = nullptr;       // per row: whose log-probability is asked for, -1 = the choice's
+
+  const uint32_t *mask(int row) const { return masks ? masks[row] : nullptr; }
+  int32_t target(int row) const { return targets ? targets[row] : -1; }
 };
+
+// Masks are packed bits: bit i % 32 of word i / 32 allows token i.
+inline bool allowed(const uint32_t *mask, int64_t token) { return mask[token / 32] >> (token % 32) & 1; }
+// y[i] = -infinity where token first + i is not allowed, i < count; first must be a multiple of 8.
+void forbid(const uint32_t *mask, int64_t first, int64_t count, float *y);
+// The lowest token allowed, or 0 where none is.
+int64_t lowest_allowed(const uint32_t *mask, int64_t vocab);
 
 // The uniform number in [0, 1) for one token: 24 bits of splitmix64(splitmix64(seed) ^ position).
 double uniform(uint64_t seed, uint64_t position);

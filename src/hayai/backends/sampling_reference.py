@@ -2,10 +2,11 @@
 
 Order on one row of logits, in float32: repetition penalty (seen tokens: positive logits divided, others
 multiplied), presence and frequency penalty (tokens of the output), bias, mask. Temperature 0 takes the
-largest, ties to the lowest id. Otherwise weights w = exp((x - max) / temperature), candidates sorted by
-descending logit, ties by ascending id; min_p keeps w >= min_p, top_k the first k, top_p the shortest
-prefix that holds at least top_p of the mass that is left; the token is the first candidate whose running
-sum exceeds u times the mass kept. Sums are in float64.
+largest, ties to the lowest id. Where all that a mask allows is NaN or -infinity, the lowest id that it allows
+is taken, and id 0 where it allows none. Otherwise weights w = exp((x - max) / temperature), candidates sorted
+by descending logit, ties by ascending id; min_p keeps w >= min_p, top_k the first k, top_p the shortest
+prefix that holds at least top_p of the mass that is left; the token is the first candidate whose running sum
+exceeds u times the mass kept. Sums are in float64.
 
 u = (splitmix64(splitmix64(seed) ^ position) >> 40) / 2^24: a counter-based generator (Steele, Lea and
 Flood, 2014), so that a choice depends on the request's seed and position and on nothing else. `position`
@@ -114,7 +115,10 @@ def sample_row(
     if target >= 0:
         token = argmax(logits)
     else:
-        token = target = _choose(adjust(logits, row, history, mask), row, position)
+        x = adjust(logits, row, history, mask)
+        token = target = _choose(x, row, position)
+        if mask is not None and not x[token] > -np.inf:
+            token = target = int(np.argmax(unpack_mask(mask, len(x))))
         if row.num_logprobs < 0:
             return SampledRow(token, float("nan"), _NONE_I32, _NONE_F32)
     clean = np.where(np.isnan(logits), -np.inf, logits).astype(np.float64)
