@@ -7,40 +7,27 @@ sampling parameters; text, files and threads are other rooms.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from time import monotonic, perf_counter
 
 from hayai.backends.base import Limits, Runner, StepOutput
 from hayai.engine.kv_cache import KvCache
-from hayai.engine.request import EngineRequest, Logprob, RequestTiming, TokenEvent
+from hayai.engine.mask_worker import START, Grammar, MaskWorker
+from hayai.engine.pacing import Pacer
+from hayai.engine.request import MAX_LOGPROBS, EngineRequest, Logprob, RequestTiming, TokenEvent
 from hayai.engine.scheduler import Batch, Scheduler
 from hayai.engine.sequence import Sequence
+from hayai.engine.stats import Books, EngineStats
 from hayai.engine.step_builder import StepBuilder
 from hayai.errors import ConfigError, RequestError
 from hayai.plan.plan import CacheGroup
 
+MANY_DEADLINES = 64
 
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the start, and the state of now.
-
-    prompt_tokens counts tokens that were run without being decoded, so recomputed ones count again.
-    step_seconds: time inside the backend. finished: requests by finish reason.
-    """
-
-    num_steps: int
-    prompt_tokens: int
-    output_tokens: int
-    step_seconds: float
-    max_batch: int
-    num_preemptions: int
-    running: int
-    waiting: int
-    kv_blocks: int
-    kv_blocks_used: int
-    finished: Mapping[str, int]
+Noted = tuple[Logprob | None, RequestTiming | None, tuple[Logprob | None, ...] | None]
+"""Of an event: logprob, timing, prompt_logprobs."""
+NOTHING: Noted = (None, None, None)
 
 
 class Engine:
@@ -48,6 +35,8 @@ class Engine:
 
     groups: the cache groups of the plans, by name. end_ids: tokens that end a turn, unless a request
     ignores them. seed: where the seeds of requests that name none come from (None: the system).
+    prefix_cache: keep finished sequences' keys and values for prompts that begin alike. pacer: how much of a
+    prompt runs beside decoding sequences (None: as much as a step holds).
     """
 
     def __init__(
@@ -58,6 +47,8 @@ class Engine:
         *,
         end_ids: Iterable[int] = (),
         seed: int | None = None,
+        prefix_cache: bool = True,
+        pacer: Pacer | None = None,
     ) -> None:
         if min(limits.max_tokens, limits.max_rows) < limits.max_sequences:
             raise ConfigError(
@@ -69,14 +60,12 @@ class Engine:
         self.groups = dict(groups)
         self.end_ids = frozenset(end_ids)
         self.vocab_size = runner.vocab_size
+        self.pacer = pacer
+        self._prefix_cache = prefix_cache
         self._next_seed = int.from_bytes(os.urandom(8), "little") if seed is None else seed
-        self._finished: Counter[str] = Counter()
-        self._num_steps = 0
-        self._prompt_tokens = 0
-        self._output_tokens = 0
-        self._step_seconds = 0.0
-        self._max_batch = 0
-        self._preemptions_before = 0
+        self._next_number = 0
+        self._books = Books(runner.describe(), pacer)
+        self._masks = MaskWorker()
         self._start_empty()
         self.max_length = min(limits.max_context, self.cache.capacity())
 
@@ -88,11 +77,19 @@ class Engine:
             limits.max_sequences,
             limits.max_context,
             limits.max_tokens,
+            self._prefix_cache,
         )
-        self.scheduler = Scheduler(self.cache, limits.max_tokens)
+        self.scheduler = Scheduler(self.cache, limits.max_tokens, limits.max_rows, self.pacer)
         self._builder = StepBuilder(self.cache)
         self._sequences: dict[str, Sequence] = {}
+        self._deadlines: list[tuple[float, str]] = []
         self._pending: list[TokenEvent] = []
+        self._batch: Batch | None = None
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether there is a prefix cache: it was asked for, and the plan's caches allow it."""
+        return self.cache.keeps_prefixes
 
     # ------------------------------------------------------------------ requests
 
@@ -123,6 +120,13 @@ class Engine:
                 param="logit_bias",
                 code="invalid_value",
             )
+        asked = request.prompt_logprobs
+        if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
+            raise RequestError(
+                f"prompt_logprobs must be from 0 to {MAX_LOGPROBS}: {asked}",
+                param="prompt_logprobs",
+                code="invalid_value",
+            )
 
     def add(self, request: EngineRequest, arrived: float | None = None) -> None:
         """Queue a request. RequestError when it can't be served or its id is in use.
@@ -139,9 +143,29 @@ class Engine:
             self.end_ids,
             self.max_length,
             monotonic() if arrived is None else arrived,
+            self._next_number,
         )
+        self._next_number += 1
+        sequence.chain = self.cache.chain(sequence.tokens, request.cache_salt)
+        if request.mask is not None:
+            sequence.grammar = Grammar(request.mask, self.vocab_size)
+            self._masks.advance(sequence.grammar, START)
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
+        if request.deadline is not None:
+            self._watch(request.request_id, request.deadline)
+
+    def _watch(self, request_id: str, deadline: float) -> None:
+        if len(self._deadlines) > 2 * len(self._sequences) + MANY_DEADLINES:
+            # Most of them belong to requests that ended in time.
+            self._deadlines = [entry for entry in self._deadlines if self._is_due(*entry)]
+            heapify(self._deadlines)
+        heappush(self._deadlines, (deadline, request_id))
+
+    def _is_due(self, deadline: float, request_id: str) -> bool:
+        """Whether an entry is still that of a request: its id may have been used again."""
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and sequence.deadline == deadline
 
     def _draw_seed(self) -> int:
         """The next 64-bit seed: splitmix64 (Steele, Lea, Flood 2014)."""
@@ -155,7 +179,7 @@ class Engine:
         """Stop a request before the next step; its last event says 'abort'. Unknown ids are ignored."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
-            self._pending.append(self._finish(sequence, -1, "abort", None))
+            self._pending.append(self._finish(sequence, -1, "abort"))
 
     @property
     def has_work(self) -> bool:
@@ -170,57 +194,123 @@ class Engine:
 
     def schedule(self) -> Batch | None:
         """The first half of a step, up to the point where the backend can be called."""
+        if self._deadlines and self._deadlines[0][0] <= monotonic():
+            self._expire()
         batch = self.scheduler.schedule()
         if batch is not None:
             self._builder.build(batch)
         return batch
+
+    def _expire(self) -> None:
+        now = monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heappop(self._deadlines)
+            if self._is_due(deadline, request_id):
+                self._pending.append(self._finish(self._sequences[request_id], -1, "timeout"))
 
     def run(self, batch: Batch | None) -> list[TokenEvent]:
         """The second half: call the backend, commit. No request may be added or aborted in between."""
         if batch is None:
             return self._take_pending()
         assert batch.step is not None
+        if batch is not self._batch:
+            self._books.turn(self._batch, batch)
+            self._batch = batch
         if self.cache.has_copies:
             for group, sources, targets in self.cache.take_copies():
                 self.runner.copy_blocks(group, sources, targets)
+        for sequence in batch.grammars:
+            assert sequence.grammar is not None
+            sequence.grammar.wait()
         began = perf_counter()
         output = self.runner.step(batch.step)
-        self._step_seconds += perf_counter() - began
+        books = self._books
+        books.step_seconds += perf_counter() - began
+        books.num_steps += 1
         return self._commit(batch, output)
 
     def _commit(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Record computed tokens and new ones; finish what is finished."""
         events = self._take_pending() if self._pending else []
+        tokens: list[int] = output.tokens.tolist()
+        rows: list[int] | None = None
         if batch.decode_only:
             for sequence in batch.sequences:
                 sequence.num_computed += 1
         else:
+            self._books.settle(batch)
+            if batch.num_prompt_rows:
+                rows = _take_prompt_rows(batch, output)
+                tokens = [tokens[row] for row in rows]
             for sequence, count in zip(batch.sequences, batch.counts, strict=True):
                 sequence.num_computed += count
+            self.scheduler.computed(batch)
         samplers = batch.samplers
-        for row, token in enumerate(output.tokens.tolist()):
-            sequence = samplers[row]
+        failed = self._end_failed(batch, events) if batch.grammars else ()
+        for at, token in enumerate(tokens):
+            sequence = samplers[at]
+            if failed and sequence in failed:
+                continue
             sequence.tokens.append(token)
-            logprob, timing = (None, None) if sequence.plain else _note(sequence, token, output, row)
+            noted = (
+                NOTHING if sequence.plain else self._note(sequence, output, at if rows is None else rows[at])
+            )
             if token in sequence.stop_ids:
-                events.append(self._finish(sequence, token, "stop", logprob))
+                events.append(self._finish(sequence, token, "stop", noted))
             elif len(sequence.tokens) >= sequence.max_length:
-                events.append(self._finish(sequence, token, "length", logprob))
+                events.append(self._finish(sequence, token, "length", noted))
             else:
-                events.append(TokenEvent(sequence.request_id, token, None, logprob, None, timing))
-        self._num_steps += 1
-        self._output_tokens += len(samplers)
-        if not batch.decode_only:
-            self._prompt_tokens += sum(c for c in batch.counts if c > 1)
-        if len(batch.sequences) > self._max_batch:
-            self._max_batch = len(batch.sequences)
+                logprob, timing, prompt = noted
+                events.append(TokenEvent(sequence.request_id, token, None, logprob, None, timing, prompt))
+        if batch.grammars:
+            self._advance_masks(batch)
+        self._books.output_tokens += len(samplers)
         return events
 
-    def _finish(self, sequence: Sequence, token: int, reason: str, logprob: Logprob | None) -> TokenEvent:
+    def _note(self, sequence: Sequence, output: StepOutput, row: int) -> Noted:
+        """What only some tokens need: penalty counts, log-probabilities; with the first token the times."""
+        token = sequence.tokens[-1]
+        if sequence.history is not None:
+            sequence.history.add(token)
+        logprob = _logprob(token, output, row) if sequence.row.num_logprobs >= 0 else None
+        if sequence.first_token:
+            return logprob, None, None
+        sequence.first_token = monotonic()
+        sequence.plain = sequence.history is None and sequence.row.num_logprobs < 0
+        self._books.settle(self._batch)
+        prompt = None if sequence.prompt_row is None else tuple(sequence.prompt_logprobs)
+        return logprob, sequence.timing(), prompt
+
+    def _end_failed(self, batch: Batch, events: list[TokenEvent]) -> set[Sequence]:
+        """End the requests whose grammar failed: their token of this step was not restricted."""
+        failed = {s for s in batch.grammars if s.grammar is not None and s.grammar.error is not None}
+        for sequence in failed:
+            assert sequence.grammar is not None
+            self._books.grammar_failures += 1
+            events.append(self._finish(sequence, -1, "error", error=sequence.grammar.error))
+        return failed
+
+    def _advance_masks(self, batch: Batch) -> None:
+        """Start on the next masks of those that go on."""
+        for sequence in batch.grammars:
+            if sequence.blocks is not None:
+                assert sequence.grammar is not None
+                self._masks.advance(sequence.grammar, sequence.tokens[-1])
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        token: int,
+        reason: str,
+        noted: Noted = NOTHING,
+        error: str | None = None,
+    ) -> TokenEvent:
+        self._books.settle(self._batch)
+        self._books.finished[reason] += 1
         self.scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
-        self._finished[reason] += 1
-        return TokenEvent(sequence.request_id, token, reason, logprob, timing=sequence.timing())
+        logprob, _, prompt = noted
+        return TokenEvent(sequence.request_id, token, reason, logprob, error, sequence.timing(), prompt)
 
     def _take_pending(self) -> list[TokenEvent]:
         pending = self._pending
@@ -233,25 +323,14 @@ class Engine:
 
     def reset(self) -> None:
         """Drop every request and start empty: the way back after a step was torn apart by an interrupt."""
-        self._finished["abort"] += len(self._sequences)
-        self._preemptions_before += self.scheduler.num_preemptions
+        books = self._books
+        books.finished["abort"] += len(self._sequences)
+        books.close_cache(self.cache, self.scheduler)
         self._start_empty()
 
     def stats(self) -> EngineStats:
         """A snapshot; may be taken from any thread."""
-        return EngineStats(
-            num_steps=self._num_steps,
-            prompt_tokens=self._prompt_tokens,
-            output_tokens=self._output_tokens,
-            step_seconds=self._step_seconds,
-            max_batch=self._max_batch,
-            num_preemptions=self._preemptions_before + self.scheduler.num_preemptions,
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            kv_blocks=self.cache.num_blocks,
-            kv_blocks_used=self.cache.used_blocks(),
-            finished=dict(self._finished),
-        )
+        return self._books.snapshot(self.cache, self.scheduler, self._batch)
 
     def check_integrity(self) -> None:
         """Every block, slot and sequence is where it should be; AssertionError says what is not."""
@@ -264,24 +343,29 @@ class Engine:
 
     def close(self) -> None:
         """Free the backend."""
+        self._masks.close()
         self.runner.close()
 
 
-def _note(
-    sequence: Sequence, token: int, output: StepOutput, row: int
-) -> tuple[Logprob | None, RequestTiming | None]:
-    """What only some tokens need: penalty counts, log-probabilities, the time of the first token."""
-    if sequence.history is not None:
-        sequence.history.add(token)
-    logprob = None
-    if sequence.row.num_logprobs >= 0:
-        top: tuple[tuple[int, float], ...] = ()
-        if row < len(output.top_ids):
-            ids, values = output.top_ids[row].tolist(), output.top_logprobs[row].tolist()
-            top = tuple(zip(ids, values, strict=True))
-        logprob = Logprob(token, float(output.logprobs[row]), top)
-    if sequence.first_token:
-        return logprob, None
-    sequence.first_token = monotonic()
-    sequence.plain = sequence.history is None and sequence.row.num_logprobs < 0
-    return logprob, sequence.timing()
+def _logprob(token: int, output: StepOutput, row: int) -> Logprob:
+    """A row's log-probability of `token`, and its alternatives."""
+    top: tuple[tuple[int, float], ...] = ()
+    if row < len(output.top_ids):
+        ids, values = output.top_ids[row].tolist(), output.top_logprobs[row].tolist()
+        top = tuple(zip(ids, values, strict=True))
+    return Logprob(token, float(output.logprobs[row]), top)
+
+
+def _take_prompt_rows(batch: Batch, output: StepOutput) -> list[int]:
+    """Keep the log-probabilities of prompts, before `num_computed` moves on; the samplers' rows remain."""
+    left: list[int] = []
+    row = 0
+    for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+        start = sequence.num_computed
+        for position in sequence.prompt_rows(start, count):
+            sequence.prompt_logprobs.append(_logprob(sequence.tokens[position + 1], output, row))
+            row += 1
+        if start + count == len(sequence.tokens):
+            left.append(row)
+            row += 1
+    return left

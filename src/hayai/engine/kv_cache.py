@@ -2,13 +2,16 @@
 
 Every cache group of the plan has its own pool of block numbers and one table per sequence. A block holds
 `BLOCK_SIZE` consecutive positions of one sequence; a block with more than one owner is read-only and is
-copied before it is written (copy on write), so a prefix can be shared by `fork`.
+copied before it is written (copy on write), so a prefix can be shared by `fork`. Full blocks are named
+(`publish`) and found again by sequences that begin alike (`match`, `attach`); see prefix_cache.py.
 
 Kinds of group:
   full, mla, index   one block per 16 positions, kept until the sequence leaves
   window             blocks whose positions have all left the window are given back; their table entries
-                     become 0, which is a valid number that nobody reads
-  state              one block per sequence, whatever its length
+                     become 0, which is a valid number that nobody reads. A prefix can be used as long as the
+                     blocks of its last window are still there
+  state              one block per sequence, whatever its length; it holds the last position only, so plans
+                     with such a group have no prefix cache
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hayai.backends.base import BLOCK_SIZE
+from hayai.engine.prefix_cache import BlockNames, BlockPool, TokenChain
 from hayai.plan.plan import CacheGroup
 
 
@@ -28,37 +32,9 @@ def blocks_for(positions: int) -> int:
     return -(-positions // BLOCK_SIZE)
 
 
-class BlockPool:
-    """Numbers 0..num_blocks-1 with reference counts.
-
-    The free list is a stack that starts with the low numbers on top: blocks are used again soon after they
-    are freed, so memory that a backend touches lazily is touched only as far as it is needed.
-    """
-
-    __slots__ = ("free", "references")
-
-    def __init__(self, num_blocks: int) -> None:
-        self.free: list[int] = list(range(num_blocks - 1, -1, -1))
-        self.references: list[int] = [0] * num_blocks
-
-    def allocate(self) -> int:
-        """A block with one owner. The caller has checked that one is free."""
-        block = self.free.pop()
-        self.references[block] = 1
-        return block
-
-    def share(self, block: int) -> None:
-        """One more owner of a block that has one already."""
-        assert self.references[block] > 0, f"block {block} is free"
-        self.references[block] += 1
-
-    def release(self, block: int) -> None:
-        """One owner less; the last one frees the block."""
-        count = self.references[block] - 1
-        assert count >= 0, f"block {block} released twice"
-        self.references[block] = count
-        if count == 0:
-            self.free.append(block)
+def _first_read(count: int, window: int) -> int:
+    """The first block that is read from position 16 * count on, in a window group."""
+    return max(0, count * BLOCK_SIZE - window + 1) // BLOCK_SIZE
 
 
 class SequenceBlocks:
@@ -66,12 +42,15 @@ class SequenceBlocks:
 
     tables[g][b] is the block of group g that holds positions 16b..16b+15, or -1 when the window has left
     it. The next positions, up to `writable`, have blocks in every group that this sequence alone owns.
+    chain: the names of its blocks (None: they are not kept); the first `published` have been announced.
     """
 
-    __slots__ = ("slot", "tables", "window_start", "writable")
+    __slots__ = ("chain", "published", "slot", "tables", "window_start", "writable")
 
-    def __init__(self, slot: int, num_groups: int) -> None:
+    def __init__(self, slot: int, num_groups: int, chain: TokenChain | None) -> None:
         self.slot = slot
+        self.chain = chain
+        self.published = 0
         self.tables: list[list[int]] = [[] for _ in range(num_groups)]
         self.window_start: list[int] = [0] * num_groups
         self.writable = 0
@@ -86,7 +65,7 @@ class KvCache:
 
     groups: the plan's cache groups. num_blocks: blocks in each group. max_sequences: sequences open at a
     time. max_context: longest sequence in positions. max_step_tokens: longest chunk of one sequence, which
-    bounds what a window group holds.
+    bounds what a window group holds. prefix_cache: keep full blocks for sequences to come.
     """
 
     def __init__(
@@ -96,8 +75,12 @@ class KvCache:
         max_sequences: int,
         max_context: int,
         max_step_tokens: int,
+        prefix_cache: bool = False,
     ) -> None:
         self.groups = tuple(groups)
+        self.keeps_prefixes = prefix_cache and all(group.kind != "state" for group in self.groups)
+        self._block_names = BlockNames()
+        self._has_windows = any(group.kind == "window" for group in self.groups)
         self.num_blocks = num_blocks
         self.max_step_tokens = max_step_tokens
         self.pools = [BlockPool(num_blocks) for _ in self.groups]
@@ -119,7 +102,15 @@ class KvCache:
 
     def used_blocks(self) -> int:
         """Blocks in use in the fullest group."""
-        return self.num_blocks - min((len(p.free) for p in self.pools), default=self.num_blocks)
+        return self.num_blocks - min((pool.available for pool in self.pools), default=self.num_blocks)
+
+    def cached_blocks(self) -> int:
+        """Blocks without an owner that are kept for a sequence to come, in the group with the most."""
+        return max((len(pool.idle) for pool in self.pools), default=0)
+
+    def num_evictions(self) -> int:
+        """Kept blocks that had to make room, in all groups."""
+        return sum(pool.num_evictions for pool in self.pools)
 
     def most_blocks(self, group: int, positions: int) -> int:
         """The most blocks that a sequence grown to `positions` holds at a time in a group."""
@@ -143,25 +134,100 @@ class KvCache:
                 limits[index] = self.rows[index].shape[1] * BLOCK_SIZE
         return min(limits, default=self.rows[0].shape[1] * BLOCK_SIZE if self.rows else 1 << 30)
 
-    def fits(self, others: Iterable[tuple[SequenceBlocks, int]], positions: int) -> bool:
+    def fits(
+        self,
+        others: Iterable[tuple[SequenceBlocks, int]],
+        positions: int,
+        chain: TokenChain | None = None,
+        num_shared: int = 0,
+        leaving: Iterable[SequenceBlocks] = (),
+    ) -> bool:
         """Whether a new sequence of `positions` fits beside `others`, each grown to its own length.
 
-        Blocks that the others have been promised for the rest of their prompts count as used.
+        Blocks that the others have been promised for the rest of their prompts count as used. The first
+        `num_shared` blocks of the new one are those of `chain`; they cost nothing where somebody owns them.
+        leaving: sequences that would be closed first.
         """
-        grown = list(others)
+        grown, gone = list(others), list(leaving)
         for index, pool in enumerate(self.pools):
+            available = pool.available + sum(
+                pool.references[block] == 1 for blocks in gone for block in blocks.tables[index] if block >= 0
+            )
             promised = sum(
                 max(0, self.most_blocks(index, length) - blocks.num_held(index)) for blocks, length in grown
             )
-            if len(pool.free) < promised + self.most_blocks(index, positions):
+            needed = self.most_blocks(index, positions)
+            if chain is not None and self.groups[index].kind != "window":
+                # Window groups give shared blocks back before they take the last of their own.
+                owned = 1 if gone else 0  # who owns them may be about to leave: then they count as taken
+                names = chain.names[:num_shared]
+                needed -= sum(pool.references[pool.index[name]] > owned for name in names)
+            if available < promised + needed:
                 return False
         return True
 
+    # ------------------------------------------------------------------ prefixes
+
+    def chain(self, tokens: list[int], salt: str) -> TokenChain | None:
+        """The names of a sequence's blocks; None where none are kept. `tokens` is its own growing list."""
+        return self._block_names.chain(tokens, salt) if self.keeps_prefixes else None
+
+    def match(self, chain: TokenChain, most: int) -> int:
+        """How many of the first `most` blocks of a sequence are there in every group that would read them."""
+        names = chain.upto(most)
+        count = most
+        for group, pool in zip(self.groups, self.pools, strict=True):
+            if group.kind != "window":
+                count = next((i for i in range(count) if names[i] not in pool.index), count)
+        lacking = 0
+        while count > 0 and lacking >= 0:
+            lacking = max(
+                (self._last_lacking(index, names, count) for index in range(len(self.groups))), default=-1
+            )
+            # Every prefix that ends behind the block that lacks would read it as well.
+            count = count if lacking < 0 else lacking
+        return count
+
+    def _last_lacking(self, index: int, names: list[bytes], count: int) -> int:
+        """The last block that a window group would read after `count` blocks and does not have, or -1."""
+        group, known = self.groups[index], self.pools[index].index
+        if group.kind != "window":
+            return -1
+        needed = range(_first_read(count, group.window), count)
+        return next((i for i in reversed(needed) if names[i] not in known), -1)
+
+    def attach(self, blocks: SequenceBlocks, count: int) -> None:
+        """Give a sequence that was just opened the first `count` blocks of its chain, which `match` found."""
+        assert blocks.chain is not None and not any(blocks.tables)
+        names = blocks.chain.names
+        for index, (group, pool) in enumerate(zip(self.groups, self.pools, strict=True)):
+            first = _first_read(count, group.window) if group.kind == "window" else 0
+            shared = [pool.index[name] for name in names[first:count]]
+            for block in shared:
+                pool.share(block)
+            blocks.tables[index] = [-1] * first + shared
+            blocks.window_start[index] = first
+            self.rows[index][blocks.slot, :count] = [0] * first + shared
+        blocks.published = count
+        self.version += 1
+
+    def publish(self, blocks: SequenceBlocks, computed: int) -> None:
+        """Name the blocks that are full now that `computed` positions have been computed."""
+        count = computed // BLOCK_SIZE
+        if blocks.chain is None or count <= blocks.published:
+            return
+        names = blocks.chain.upto(count)
+        for index, pool in enumerate(self.pools):
+            table = blocks.tables[index]
+            for position in range(max(blocks.published, blocks.window_start[index]), count):
+                pool.publish(table[position], names[position])
+        blocks.published = count
+
     # ------------------------------------------------------------------ one sequence
 
-    def open(self) -> SequenceBlocks:
+    def open(self, chain: TokenChain | None = None) -> SequenceBlocks:
         """A sequence without blocks. The caller has checked `has_slot`."""
-        return SequenceBlocks(self._free_slots.pop(), len(self.groups))
+        return SequenceBlocks(self._free_slots.pop(), len(self.groups), chain)
 
     def close(self, blocks: SequenceBlocks) -> None:
         """Give back everything that the sequence holds."""
@@ -182,6 +248,8 @@ class KvCache:
         """
         if stop <= blocks.writable:
             return True
+        if self._has_windows:
+            self.publish(blocks, start)  # before some of them leave
         plans = []
         for index, group in enumerate(self.groups):
             if group.kind == "window":
@@ -190,7 +258,7 @@ class KvCache:
             table, references = blocks.tables[index], self.pools[index].references
             shared = [b for b in range(first, min(last, len(table))) if references[table[b]] > 1]
             missing = max(0, last - len(table))
-            if len(shared) + missing > len(self.pools[index].free):
+            if len(shared) + missing > self.pools[index].available:
                 return False
             plans.append((shared, missing))
         for index, (shared, missing) in enumerate(plans):
@@ -287,9 +355,7 @@ class KvCache:
                 assert held[block] == count, (
                     f"{group.name}: block {block} has {held[block]} owners, not {count}"
                 )
-            free = set(pool.free)
-            assert len(free) == len(pool.free), f"{group.name}: a block is free twice"
-            assert free == {b for b, c in enumerate(pool.references) if c == 0}, f"{group.name}: free list"
+            pool.check_integrity(group.name)
             for blocks in owners:
                 table = blocks.tables[index]
                 row = self.rows[index][blocks.slot, : len(table)].tolist()
@@ -298,3 +364,9 @@ class KvCache:
                 assert all(b == -1 for b in table[:left]) and all(b >= 0 for b in table[left:]), (
                     f"{group.name}: window of slot {blocks.slot}"
                 )
+                for block, name in zip(
+                    table, () if blocks.chain is None else blocks.chain.names, strict=False
+                ):
+                    assert block < 0 or pool.names[block] in (None, name), (
+                        f"{group.name}: block {block} has another sequence's name"
+                    )

@@ -1,18 +1,23 @@
 """From a batch of sequences to the arrays of one step.
 
 While the same sequences decode on, the arrays and the StepInput of the last step are used again and only
-their content changes: a step is synchronous, so nobody reads them any more. For one sequence the block
-table is a view of the cache's own row and never copied.
+their content changes: a step is synchronous, so nobody reads them any more. (A mask is one array that its
+grammar fills again and again.) For one sequence the block table is a view of the cache's own row and never
+copied.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from hayai.backends.base import StepInput, TokenHistory
+from hayai.backends.base import SamplingRow, StepInput, TokenHistory
 from hayai.engine.kv_cache import KvCache
 from hayai.engine.scheduler import Batch
+from hayai.engine.sequence import Sequence
 
 
 class StepBuilder:
@@ -56,28 +61,19 @@ class StepBuilder:
                 np.take(rows, self._slots, axis=0, out=step.block_tables[group.name])
             self._version = self._cache.version
         if self._has_histories:
-            batch.step = StepInput(
-                step.token_ids,
-                step.positions,
-                step.query_start,
-                step.block_tables,
-                step.logit_rows,
-                step.sampling,
-                _histories(batch),
-            )
+            batch.step = replace(step, histories=_histories(batch.samplers))
 
     def _fresh(self, batch: Batch) -> StepInput:
         token_ids: list[int] = []
         positions: list[int] = []
         query_start = [0]
-        logit_rows: list[int] = []
+        rows = _Rows()
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
-            start = sequence.num_computed
+            start, first = sequence.num_computed, len(token_ids)
             token_ids += sequence.tokens[start : start + count]
             positions += range(start, start + count)
             query_start.append(len(token_ids))
-            if start + count == len(sequence.tokens):
-                logit_rows.append(len(token_ids) - 1)
+            rows.add(sequence, start, count, first)
         self._slots = [s.blocks.slot for s in batch.sequences if s.blocks is not None]
         self._version = self._cache.version
         self._has_histories = any(s.history is not None for s in batch.samplers)
@@ -86,9 +82,11 @@ class StepBuilder:
             positions=np.array(positions, dtype=np.int32),
             query_start=np.array(query_start, dtype=np.int32),
             block_tables=self._tables(),
-            logit_rows=np.array(logit_rows, dtype=np.int32),
-            sampling=tuple(s.row for s in batch.samplers),
-            histories=_histories(batch) if self._has_histories else (),
+            logit_rows=np.array(rows.tokens, dtype=np.int32),
+            sampling=tuple(rows.sampling),
+            histories=_histories(rows.owners) if self._has_histories else (),
+            masks=_masks(rows.owners) if batch.grammars else (),
+            targets=np.array(rows.targets, dtype=np.int32) if batch.num_prompt_rows else None,
         )
 
     def _tables(self) -> dict[str, NDArray[np.int32]]:
@@ -101,5 +99,33 @@ class StepBuilder:
         return {group.name: table for group, table in zip(self._cache.groups, pick, strict=True)}
 
 
-def _histories(batch: Batch) -> tuple[TokenHistory | None, ...]:
-    return tuple(None if s.history is None else s.history.view() for s in batch.samplers)
+class _Rows:
+    """The logit rows of a step. owners[r]: the sequence that samples from row r, None for a prompt's."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.targets: list[int] = []
+        self.sampling: list[SamplingRow] = []
+        self.owners: list[Sequence | None] = []
+
+    def add(self, sequence: Sequence, start: int, count: int, first: int) -> None:
+        """The rows of a chunk whose first token is token `first` of the step: the prompt's, then its own."""
+        if sequence.prompt_row is not None:
+            for position in sequence.prompt_rows(start, count):
+                self.tokens.append(first + position - start)
+                self.targets.append(sequence.tokens[position + 1])
+                self.sampling.append(sequence.prompt_row)
+                self.owners.append(None)
+        if start + count == len(sequence.tokens):
+            self.tokens.append(first + count - 1)
+            self.targets.append(-1)
+            self.sampling.append(sequence.row)
+            self.owners.append(sequence)
+
+
+def _histories(owners: Iterable[Sequence | None]) -> tuple[TokenHistory | None, ...]:
+    return tuple(None if s is None or s.history is None else s.history.view() for s in owners)
+
+
+def _masks(owners: Iterable[Sequence | None]) -> tuple[NDArray[np.uint32] | None, ...]:
+    return tuple(None if s is None or s.grammar is None else s.grammar.words for s in owners)

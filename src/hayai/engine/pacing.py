@@ -1,0 +1,118 @@
+"""How much of a prompt a step may take in while others wait for their next token.
+
+What a step costs is learnt from the steps themselves:
+
+    seconds = decode(rows) + prompt_tokens * (c + d * position)
+
+decode(rows): running means of pure decode steps by number of sequences, straight lines in between. c and d:
+a straight line through (mean position, extra seconds per prompt token) of the latest steps with prompts,
+weighted exponentially; d is what attention adds. Measured on the cpu backend the cost is linear in the
+tokens from about three rows on, so a small chunk wastes nothing but the weights read once per step.
+
+The budget is the number of prompt tokens for which the predicted step stays within the target. Timing decides
+here what runs together, never what comes out: chunks don't change a bit (the determinism contract).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from math import sqrt
+
+DECODE_STEPS = 3.0
+"""Default target of a mixed step, in decode steps of the same sequences."""
+MIN_CHUNK = 4
+"""Prompt tokens that a step takes in at least: a prompt has to end."""
+FIRST_CHUNK = 16
+"""Before anything was measured."""
+TILE_ROWS = 4
+"""Rows of a matrix kernel's tile: a step's tokens are rounded down to whole tiles."""
+FORGET = 0.95
+STEADY_FORGET = 0.98
+OUTLIER = 3.0
+"""A step that took this many times what was predicted counts no more than that: the core was taken away."""
+RIDGE = 64.0**2
+"""Positions squared: below this spread of positions the line stays level."""
+
+
+class Pacer:
+    """See the module. step_ms: target of a mixed step; None: DECODE_STEPS decode steps."""
+
+    def __init__(self, step_ms: float | None = None) -> None:
+        self.step_ms = step_ms
+        self._decode: dict[int, float] = {}
+        self._weight = 0.0
+        self._x = self._y = self._xx = self._xy = 0.0
+
+    # ------------------------------------------------------------------ measuring
+
+    def observe_decode(self, rows: int, steps: int, seconds: float) -> None:
+        """`steps` pure decode steps of `rows` sequences took `seconds` together."""
+        mean = seconds / steps
+        known = self._decode.get(rows)
+        if known is None:
+            self._decode[rows] = mean
+        else:
+            keep = STEADY_FORGET**steps
+            self._decode[rows] = keep * known + (1.0 - keep) * min(mean, OUTLIER * known)
+
+    def observe_prompt(self, rows: int, tokens: int, position: float, seconds: float) -> None:
+        """A step of `rows` decoding sequences and `tokens` prompt tokens at the mean `position`."""
+        cost = max(seconds - self.decode_seconds(rows), 0.05 * seconds) / tokens
+        if self._weight > 0.0:
+            c, d = self._line()
+            cost = min(cost, OUTLIER * (c + d * position))
+        self._weight = FORGET * self._weight + 1.0
+        share = 1.0 / self._weight
+        self._x += share * (position - self._x)
+        self._y += share * (cost - self._y)
+        self._xx += share * (position * position - self._xx)
+        self._xy += share * (position * cost - self._xy)
+
+    def _line(self) -> tuple[float, float]:
+        """(c, d): seconds of a prompt token at position 0, and more per position."""
+        spread = self._xx - self._x * self._x
+        d = max(0.0, (self._xy - self._x * self._y) / (spread + RIDGE))
+        c = self._y - d * self._x
+        # A line that starts below a tenth of the mean has been bent by noise.
+        least = 0.1 * self._y
+        if c < least and self._x > 0.0:
+            c, d = least, (self._y - least) / self._x
+        return c, d
+
+    # ------------------------------------------------------------------ predicting
+
+    def decode_seconds(self, rows: int) -> float:
+        """A pure decode step of `rows` sequences; 0 when there are none or nothing was measured."""
+        if rows == 0 or not self._decode:
+            return 0.0
+        found = self._decode.get(rows)
+        if found is not None:
+            return found
+        known = sorted(self._decode)
+        at = bisect_left(known, rows)
+        if at == 0:
+            return self._decode[known[0]]
+        below = known[at - 1]
+        if at == len(known):
+            return self._decode[below] + (rows - below) * self._y
+        above = known[at]
+        part = (rows - below) / (above - below)
+        return (1.0 - part) * self._decode[below] + part * self._decode[above]
+
+    def target_seconds(self, rows: int) -> float:
+        """How long a step with `rows` decoding sequences may take."""
+        return DECODE_STEPS * self.decode_seconds(rows) if self.step_ms is None else self.step_ms / 1e3
+
+    def prompt_tokens(self, rows: int, position: int) -> int:
+        """Prompt tokens, from `position` on, for a step in which `rows` sequences decode."""
+        if self._weight == 0.0 or not self._decode:
+            return FIRST_CHUNK
+        allowed = self.target_seconds(rows) - self.decode_seconds(rows)
+        c, d = self._line()
+        slope = c + d * position
+        if allowed <= 0.0 or slope <= 0.0:
+            return MIN_CHUNK
+        # d/2 n^2 + slope n = allowed, in the form that keeps its digits where d is next to nothing
+        count = int(2.0 * allowed / (slope + sqrt(slope * slope + 2.0 * d * allowed)))
+        count = (rows + count) // TILE_ROWS * TILE_ROWS - rows
+        return max(MIN_CHUNK, count)
