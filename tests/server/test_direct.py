@@ -39,7 +39,7 @@ async def test_frames_follow_what_the_loop_wrote() -> None:
     await asyncio.to_thread(direct.send, TextChunk("one", (1,)))
     await asyncio.to_thread(direct.send, TextChunk("", (2,)))  # half a character: no event
     await asyncio.to_thread(direct.send, TextChunk("four!", (3, 4)))
-    direct.flush()
+    direct.stop()
     transport.write(b"|tail")
     expected = b"head|3\r\none\r\n5\r\nfour!\r\n|tail"
     assert await asyncio.to_thread(receive, far, len(expected)) == expected
@@ -62,9 +62,10 @@ async def test_what_a_full_socket_refuses_is_not_lost_and_not_doubled() -> None:
         direct.send(TextChunk(text, (number,)))
         sent += b"%x\r\n%b\r\n" % (len(text), text.encode())
         number += 1
+    direct.send(TextChunk("late", (number,)))
+    sent += b"4\r\nlate\r\n"
     assert not await direct.open(), "an event is not whole yet"
-    direct.flush()
-    assert direct.writable
+    direct.stop()
     transport.write(b"end")
     assert await asyncio.to_thread(receive, far, len(sent) + 3) == sent + b"end"
     direct.close()
@@ -90,6 +91,7 @@ async def test_a_client_that_left_costs_nothing() -> None:
     for _ in range(3):
         direct.send(TextChunk("text", (1,)))
     assert direct.writable
+    direct.stop()
     direct.close()
     direct.close()
     transport.close()

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from time import monotonic
 
 from hayai.frontend import TextChunk
 
+TRANSPORT = "hayai.transport"
+"""The extension of the ASGI scope by which run.py names a connection's transport."""
+
 
 class DirectStream:
     """Chunks of one chunked HTTP/1.1 answer, written from another thread than the loop's.
 
-    `send` runs on the engine's thread and only between a successful `open` and `flush` or `close` (the
+    `send` runs on the engine's thread and only between a successful `open` and `close` (the
     frontend sees to that); everything else runs on the loop's. The socket is duplicated while it is open
     here: the number of a closed one may belong to another client by now.
     """
@@ -31,8 +35,9 @@ class DirectStream:
         self._fd = -1
         self._rest = b""
         self._writes: list[tuple[float, int]] = []
-        self.writable = True
-        """False while an event is not whole in the socket."""
+        self._lock = threading.Lock()  # who writes: this class, or the loop through the transport
+        self.writable = False
+        """Whether `send` writes; if not, the loop is to be asked for all that follows."""
 
     async def open(self) -> bool:
         """Whether `send` may be used from now on: nothing waits to be written, and nothing encrypts."""
@@ -49,24 +54,29 @@ class DirectStream:
             return False
         if self._fd < 0:
             self._fd = os.dup(transport.get_extra_info("socket").fileno())
+        self.writable = True
         return True
 
     def send(self, chunk: TextChunk) -> None:
-        """Write the event of a chunk; what the socket doesn't take waits for `flush`."""
+        """Write the event of a chunk; what the socket doesn't take waits for `stop`."""
         self._writes.append((monotonic(), len(chunk.token_ids)))
         event = self._encode(chunk)
         if not event:
             return
         frame = b"%x\r\n%b\r\n" % (len(event), event)
+        with self._lock:
+            written = self._write(frame) if self.writable else 0
+            if written < len(frame):
+                self._rest += frame[written:]
+                self.writable = False
+
+    def _write(self, frame: bytes) -> int:
         try:
-            written = os.write(self._fd, frame)
+            return os.write(self._fd, frame)
         except BlockingIOError:
-            written = 0
+            return 0
         except OSError:
-            return  # the client is gone; the loop learns that from the socket as well
-        if written < len(frame):
-            self._rest = frame[written:]
-            self.writable = False
+            return len(frame)  # the client is gone; the loop learns that from the socket as well
 
     def take_writes(self) -> list[tuple[float, int]]:
         """(monotonic seconds, tokens) of each chunk sent since the last call, also while more are sent."""
@@ -75,12 +85,13 @@ class DirectStream:
         del writes[: len(taken)]
         return taken
 
-    def flush(self) -> None:
-        """Give what the socket did not take to the loop's own buffer, before the loop writes more."""
-        if self._rest:
-            self._transport.write(self._rest)
-            self._rest = b""
-            self.writable = True
+    def stop(self) -> None:
+        """The loop writes from now on, until `open` says otherwise: what the socket did not take goes first."""
+        with self._lock:
+            self.writable = False
+            rest, self._rest = self._rest, b""
+        if rest:
+            self._transport.write(rest)
 
     def close(self) -> None:
         """No `send` comes any more."""

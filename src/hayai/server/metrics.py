@@ -258,10 +258,10 @@ class RequestMeter:
             waited = self.first - self.arrived
             self._metrics.observe("hayai_time_to_first_token_seconds", waited, (self.endpoint,))
 
-    def tokens(self, n: int, choice: int = 0) -> None:
-        """A write with `n` tokens of one choice."""
+    def tokens(self, n: int, choice: int = 0, at: float | None = None) -> None:
+        """A write with `n` tokens of one choice; `at`: monotonic seconds, if that was before now."""
         metrics = self._metrics
-        now = monotonic()
+        now = monotonic() if at is None else at
         last = self._last.get(choice)
         if last is not None:
             metrics.inter_token.observe(now - last)

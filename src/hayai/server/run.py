@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hayai.config import ServerConfig
 from hayai.errors import ConfigError
+from hayai.server.direct import TRANSPORT
 from hayai.server.errors import ApiError
 
 MAX_HEAD_BYTES = 64 << 10
@@ -126,6 +127,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes = True, 0
         super().on_message_begin()
+        self.scope["extensions"] = {TRANSPORT: {"transport": self.transport}}
 
     def on_headers_complete(self) -> None:
         self._in_head = False
