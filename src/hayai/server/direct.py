@@ -86,7 +86,7 @@ class DirectStream:
         return taken
 
     def stop(self) -> None:
-        """The loop writes from now on, until `open` says otherwise: what the socket did not take goes first."""
+        """The loop writes from now on, until the next `open`; what the socket did not take goes first."""
         with self._lock:
             self.writable = False
             rest, self._rest = self._rest, b""
