@@ -15,7 +15,9 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -23,6 +25,7 @@ from hayai.engine.request import SamplingParams
 from hayai.frontend import Prompt, TextChunk, Usage
 from hayai.server.access import Ticket
 from hayai.server.context import ServerContext
+from hayai.server.direct import TRANSPORT, DirectStream
 from hayai.server.errors import ApiError, as_api_error
 from hayai.server.gate import shutting_down
 from hayai.server.job import Job
@@ -59,8 +62,10 @@ class Generation(Response):
         ticket: Ticket,
         meter: RequestMeter,
         arrived: float,
+        in_background: bool = False,
     ) -> None:
         self.background = None
+        self._in_background = in_background
         self.status_code = 200
         self._context = context
         self._frontend = context.frontend
@@ -72,6 +77,8 @@ class Generation(Response):
         self._meter = meter
         self._arrived = arrived
         self._started = False
+        self._direct: DirectStream | None = None
+        self._options = job.options
         self._warnings = list(job.warnings)
         self._finished: list[Choice] = []
         self._num_tokens = 0
@@ -83,17 +90,23 @@ class Generation(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            deadline = self._gate.deadline(Headers(scope=scope), self._arrived)
+            if deadline is not None:
+                self._options = replace(self._options, deadline=deadline)
+            self._direct = self._direct_stream(scope)
             await self._serve(receive, send)
         finally:
             self._settle("cancelled")
+            if self._direct is not None:
+                self._direct.close()
 
     async def body_bytes(self) -> bytes:
         """The whole answer without a socket. ApiError and RequestError as a client would get them."""
         num_choices = self._job.num_choices
         try:
-            self._gate.check(num_choices)
+            self._gate.check(num_choices, self._in_background)
             work = asyncio.create_task(self._collect())
-            self._gate.enter(work, num_choices)
+            self._gate.enter(work, num_choices, self._in_background)
             try:
                 await work
             except asyncio.CancelledError:
@@ -142,6 +155,7 @@ class Generation(Response):
         self._settled(error)
         if not self._started:
             raise error
+        self._leave_direct()
         shown = as_api_error(error)
         if shown.status >= 500 and shown is not error:
             _log.error("request %s failed: %s", self._head.request_id, error, exc_info=error)
@@ -151,8 +165,28 @@ class Generation(Response):
         self._settle(_STATUSES.get(as_api_error(error).code or "", "error"))
         return error
 
+    def _direct_stream(self, scope: Scope) -> DirectStream | None:
+        """The way past the event loop, where the answer is one stream of chunks on a plain connection."""
+        transport = (scope.get("extensions") or {}).get(TRANSPORT, {}).get("transport")
+        plain = self._job.stream and self._job.num_choices == 1 and scope.get("http_version") == "1.1"
+        return DirectStream(transport, partial(self._reply.event, 0)) if plain and transport else None
+
+    def _leave_direct(self) -> None:
+        """Before the loop writes: nothing goes past it any more."""
+        if self._direct is not None:
+            self._direct.stop()
+            self._count_direct()
+
+    def _count_direct(self) -> None:
+        """Enter what the engine's thread has written since the last time."""
+        if self._direct is not None:
+            for at, num_tokens in self._direct.take_writes():
+                self._num_tokens += num_tokens
+                self._meter.tokens(num_tokens, 0, at)
+
     def _settle(self, status: str) -> None:
         """Report what was used; the first call counts."""
+        self._count_direct()
         if len(self._finished) == self._job.num_choices:
             usage = totals(self._job, self._finished)
         else:  # a prompt counts once its first token has come
@@ -178,6 +212,7 @@ class Generation(Response):
         event = b""
         async with aclosing(self._chunks()) as chunks:
             async for index, ready in chunks:
+                self._leave_direct()
                 event = b"".join([reply.event(index, chunk) for chunk in ready])  # an event each, one write
                 num_tokens = sum([len(chunk.token_ids) for chunk in ready])
                 self._num_tokens += num_tokens
@@ -215,6 +250,10 @@ class Generation(Response):
         while True:
             await asyncio.sleep(PING_SECONDS)
             now = loop.time()
+            before = self._num_tokens
+            self._count_direct()
+            if self._num_tokens > before:
+                self._last_sent = now
             if self._sending_since:
                 if now - self._sending_since >= STALL_SECONDS:
                     return
@@ -224,6 +263,7 @@ class Generation(Response):
     async def _ping(self, send: Send) -> None:
         """A silent stream says that it lives, from now on with a status of 200 even if it fails."""
         loop = asyncio.get_running_loop()
+        self._leave_direct()
         self._sending_since = loop.time()
         body = self._reply.ping
         if not self._started:
@@ -261,7 +301,8 @@ class Generation(Response):
         self._body = self._reply.whole(choices)
 
     def _head_lines(self, first: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        headers = [*first, (b"x-request-id", self._head.request_id.encode())]
+        request_id = self._head.request_id.encode()
+        headers = [*first, *((name, request_id) for name in self._reply.id_headers)]
         headers += [(k.encode(), v.encode()) for k, v in self._ticket.headers.items()]
         headers += [(b"x-hayai-warning", w.encode("ascii", "replace")) for w in self._warnings]
         return headers
@@ -286,7 +327,9 @@ class Generation(Response):
         params = _with_seed(job.params, index % job.n)
         if job.num_choices > 1:
             request_id = f"{request_id}-{index}"
-        return self._frontend.stream_tokens(prompt, params, request_id, self._arrived)
+        return self._frontend.stream_tokens(
+            prompt, params, request_id, self._arrived, self._options, self._warnings, self._direct
+        )
 
 
 _STATUSES = {"shutting_down": "aborted", "deadline_exceeded": "timeout"}

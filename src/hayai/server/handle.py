@@ -15,7 +15,6 @@ from dataclasses import replace
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from hayai.frontend import Prompt
 from hayai.server.access import Principal
 from hayai.server.context import ServerContext
 from hayai.server.errors import ApiError
@@ -43,24 +42,37 @@ async def handle(context: ServerContext, request: Request, parse: Parse) -> Resp
 
 async def run_job(context: ServerContext, principal: Principal, job: Job, endpoint: str) -> bytes:
     """The whole body of a Job's answer, for callers without a socket (batches). Same path, same errors."""
-    generation = await prepare(context, principal, replace(job, stream=False), endpoint, time.monotonic())
+    arrived = time.monotonic()
+    job = replace(job, stream=False)
+    generation = await prepare(context, principal, job, endpoint, arrived, background=True)
     return await generation.body_bytes()
 
 
 async def prepare(
-    context: ServerContext, principal: Principal, job: Job, endpoint: str, arrived: float
+    context: ServerContext,
+    principal: Principal,
+    job: Job,
+    endpoint: str,
+    arrived: float,
+    *,
+    background: bool = False,
 ) -> Generation:
-    """A Job that may run, ready to be sent. Refusals that cost nothing come before the tokeniser's work."""
+    """A Job that may run, ready to be sent. Refusals that cost nothing come before the tokeniser's work.
+
+    arrived: monotonic seconds. background: nobody waits for it, so it takes no place in the queue.
+    """
     context.resolve_model(job.model, principal)
-    context.gate.check(job.num_choices)
+    context.gate.check(job.num_choices, background)
     options = replace(
         job.options,
         tenant=principal.tenant,
-        cache_salt=principal.cache_salt,
+        cache_salt=principal.cache_salt + job.options.cache_salt,
         priority=max(job.options.priority, principal.priority),
     )
     job = replace(job, options=options)
-    prompts = await encode_prompts(context, job)
+    warnings = list(job.warnings)
+    prompts = await encode_prompts(context, job, warnings)
+    job = replace(job, warnings=tuple(warnings))
     reply_class = REPLIES[job.dialect]
     request_id = job.request_id or reply_class.id_prefix + uuid.uuid4().hex
     head = ReplyHead(
@@ -83,21 +95,17 @@ async def prepare(
         max_tokens=min(room, job.params.max_tokens or room),
     )
     meter = context.metrics.request_started(endpoint, principal.tenant, arrived)
-    return Generation(context, job, reply_class(job, head), head, ticket, meter, arrived)
+    return Generation(context, job, reply_class(job, head), head, ticket, meter, arrived, background)
 
 
-async def encode_prompts(context: ServerContext, job: Job) -> tuple[tuple[int, ...], ...]:
+async def encode_prompts(
+    context: ServerContext, job: Job, warnings: list[str]
+) -> tuple[tuple[int, ...], ...]:
     """Token ids of each prompt. RequestError: one that can't be tokenised or doesn't fit the context."""
-    encode = context.frontend.encode
-    if sum(map(_num_characters, job.prompts)) < LONG_PROMPT:
-        return tuple(encode(prompt) for prompt in job.prompts)
-    return tuple([await asyncio.to_thread(encode, prompt) for prompt in job.prompts])
-
-
-def _num_characters(prompt: Prompt) -> int:
-    if prompt.messages is None:
-        return len(prompt.text or "")
-    return sum(len(c) for m in prompt.messages if isinstance(c := m.get("content"), str))
+    encode, options = context.frontend.encode, job.options
+    if sum([prompt.num_characters for prompt in job.prompts]) < LONG_PROMPT and not options.tools:
+        return tuple([encode(prompt, options, warnings) for prompt in job.prompts])
+    return tuple([await asyncio.to_thread(encode, prompt, options, warnings) for prompt in job.prompts])
 
 
 async def read_body(request: Request, limit: int, content_type: str = "application/json") -> bytes:

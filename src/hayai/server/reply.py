@@ -107,6 +107,8 @@ class Reply(ABC):
     """Encoder of one request's answer. `id_prefix` begins the request's id."""
 
     id_prefix = ""
+    id_headers: tuple[bytes, ...] = (b"x-request-id",)
+    """Headers that carry the request's id."""
     ping = b": ping\n\n"
     """Keeps a silent stream open; a comment, which every reader of server-sent events skips."""
 
