@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, bindparam, delete, not_, or_, select, update
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from hayai.server.quotas import month_of
@@ -49,8 +49,14 @@ CLOSE_SECONDS = 10.0
 Item = tuple["Entry", "Future[None] | None"]
 
 _log = logging.getLogger("hayai.server")
-_UNSETTLED = ("open", "lost")
 _COUNTS = ("prompt_tokens", "cached_tokens", "completion_tokens")
+_SUMS = ("num_requests", *_COUNTS)
+
+UNSETTLED = or_(requests.c.status == "open", requests.c.status == "lost")
+SETTLED = select(requests.c.request_id).where(
+    requests.c.request_id.in_(bindparam("ids", expanding=True)), not_(UNSETTLED)
+)
+"""Which of `ids` are closed."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ class Ledger:
     ) -> None:
         self.database = database
         self.process = uuid.uuid4().hex
+        self._statements = _Statements(database)
         self._on_recorded = on_recorded
         self._on_poll = on_poll
         self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
@@ -197,41 +204,27 @@ class Ledger:
         opened = [e.row(self.process) for e in entries if e.finished is None and e.request_id not in closed]
         with self.database.writing() as connection:
             if opened:
-                connection.execute(self.database.upsert(requests).on_conflict_do_nothing(), opened)
+                connection.execute(self._statements.open, opened)
             if closed:
-                query = select(requests.c.request_id).where(
-                    requests.c.request_id.in_(closed), requests.c.status.not_in(_UNSETTLED)
-                )
-                for request_id in connection.execute(query).scalars():
+                for request_id in connection.execute(SETTLED, {"ids": list(closed)}).scalars():
                     del closed[request_id]
             if closed:
                 self._close_rows(connection, closed.values())
 
     def _close_rows(self, connection: Connection, entries: Iterable[Entry]) -> None:
         rows = [entry.row(self.process) for entry in entries]
-        closing = self.database.upsert(requests)
-        new = {name: closing.excluded[name] for name in rows[0] if name != "request_id"}
-        unsettled = requests.c.status.in_(_UNSETTLED)
-        connection.execute(
-            closing.on_conflict_do_update(index_elements=["request_id"], set_=new, where=unsettled), rows
-        )
+        connection.execute(self._statements.close, rows)
         sums: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
         for row in rows:
             totals = sums[row["tenant"], month_of(row["started"])]
             for i, amount in enumerate((1, *(row[name] for name in _COUNTS))):
                 totals[i] += amount
-        names = ("num_requests", *_COUNTS)
-        adding = self.database.upsert(months)
-        added = {name: months.c[name] + adding.excluded[name] for name in names}
-        adding = adding.on_conflict_do_update(index_elements=["tenant", "month"], set_=added)
         # in order, so that two servers can't wait for each other's rows
-        connection.execute(
-            adding,
-            [
-                {"tenant": tenant, "month": month, **dict(zip(names, totals, strict=True))}
-                for (tenant, month), totals in sorted(sums.items())
-            ],
-        )
+        added = [
+            {"tenant": tenant, "month": month, **dict(zip(_SUMS, totals, strict=True))}
+            for (tenant, month), totals in sorted(sums.items())
+        ]
+        connection.execute(self._statements.add, added)
 
     def _poll(self) -> None:
         self._polled = time.monotonic()
@@ -254,6 +247,19 @@ class Ledger:
             dead = [row.process for row in others if not _alive(row, mine)]
             if dead:
                 _mark_lost(connection, dead)
+
+
+class _Statements:
+    """What is run for every request, put together once: that takes longer than to run it."""
+
+    def __init__(self, database: Database) -> None:
+        self.open = database.upsert(requests).on_conflict_do_nothing()
+        close = database.upsert(requests)
+        new = {c.name: close.excluded[c.name] for c in requests.c if c.name != "request_id"}
+        self.close = close.on_conflict_do_update(index_elements=["request_id"], set_=new, where=UNSETTLED)
+        add = database.upsert(months)
+        sums = {name: months.c[name] + add.excluded[name] for name in _SUMS}
+        self.add = add.on_conflict_do_update(index_elements=["tenant", "month"], set_=sums)
 
 
 def _mark_lost(connection: Connection, dead: Sequence[str]) -> None:
