@@ -163,7 +163,9 @@ class ServerConfig:
 
     database: URL of keys and ledger (SQLite or PostgreSQL), None = there is none. require_keys: None = from
     the moment that the database has a key. tls_cert and tls_key: PEM files, None = no TLS. log_requests: file
-    that gets every prompt and answer, None = nobody keeps them.
+    that gets every prompt and answer, None = nobody keeps them. read_bandwidth: of this machine, in GB/s, as
+    `hayai doctor` measures it (for the share of the read roofline). metrics_tenant: whose keys may read
+    /metrics from other machines.
     """
 
     host: str = "127.0.0.1"
@@ -183,3 +185,5 @@ class ServerConfig:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     log_requests: Path | None = None
+    read_bandwidth: float | None = None
+    metrics_tenant: str | None = None
