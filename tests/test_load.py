@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from hayai.backends.base import KV_FORMATS
 from hayai.config import EngineConfig, ModelConfig
 from hayai.errors import ConfigError, ModelError
-from hayai.load import LoadedModel, load_model
+from hayai.load import LoadedModel, kv_bytes_per_token, load_model
 from hayai.weights.gguf_writer import llama_metadata, random_llama, write_gguf
 
 TINY = ModelConfig("llama", 64, 32, 1, 2, 1, 16, 64, 96, 1e-5)
@@ -41,6 +42,29 @@ def test_defaults_are_resolved(tiny: Path) -> None:
         assert loaded.model_config == TINY or loaded.model_config.hidden_size == 32
 
 
+def test_the_cache_is_sized_by_memory(tiny: Path) -> None:
+    # 1 layer, 1 head, keys and values of 16 float16: 64 bytes per token, 1024 per block
+    loaded = load(tiny, kv_bytes=10 * 1024 + 1023)
+    with closing(loaded.engine) as engine:
+        assert engine.limits.num_blocks == 10 and loaded.engine_config.kv_tokens is None
+        assert loaded.describe()["kv_tokens"] == 160 and loaded.describe()["kv_mib_when_full"] == 0.0
+    with pytest.raises(ConfigError, match=r"1000.*1024 bytes in f16"):
+        load(tiny, kv_bytes=1000)
+    with pytest.raises(ConfigError, match="both"):
+        load(tiny, kv_bytes=10_000, kv_tokens=100)
+
+
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+def test_bytes_per_token_are_the_backends(tiny: Path, kv_format: str) -> None:
+    """The budget is planned before the backend exists; both count the same."""
+    pytest.importorskip("hayai._native")
+    loaded = load_model(EngineConfig(model=str(tiny), kv_tokens=160, kv_format=kv_format))
+    with closing(loaded.engine) as engine:
+        said = engine.runner.describe()["kv_bytes_per_token"]
+        assert said == kv_bytes_per_token(engine.groups.values(), kv_format)
+        assert loaded.describe()["kv_format"] == kv_format
+
+
 def test_describe_says_what_was_resolved(tiny: Path) -> None:
     loaded = load(tiny, kv_tokens=1600)
     with closing(loaded.engine):
@@ -49,6 +73,7 @@ def test_describe_says_what_was_resolved(tiny: Path) -> None:
     assert (said["kv_tokens"], said["max_sequences"], said["vocab_size"]) == (1600, 16, 64)
     # 1 layer, 1 head, keys and values of 16 float16
     assert said["kv_mib_when_full"] == round(1600 * 2 * 16 * 2 / 2**20, 1)
+    assert (said["kv_format"], said["prefix_cache"], said["mixed_step"]) == ("f16", "on", "3 decode steps")
     assert said["tokenizer"] == said["chat_template"] == "none"
     assert said["backend.backend"] == "reference" and str(said["weights"]).startswith("f32")
 
@@ -62,6 +87,8 @@ def test_describe_says_what_was_resolved(tiny: Path) -> None:
         ({"threads": -1}, ["threads", "-1"]),
         ({"max_sequences": 0}, ["max_sequences"]),
         ({"kv_tokens": 1 << 27}, ["kv_tokens", str(1 << 26)]),
+        ({"kv_format": "q4"}, ["kv_format", "f16", "q8", "'q4'"]),
+        ({"step_ms": 0.0}, ["step_ms", "0.0"]),
     ],
 )
 def test_options_that_dont_fit(tiny: Path, options: dict[str, object], words: list[str]) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from hayai.backends.base import BLOCK_SIZE, Backend, Limits
+from hayai.backends.base import BLOCK_SIZE, KV_FORMATS, Backend, Limits, Runner
 from hayai.config import EngineConfig, Environment, ModelConfig, read_environment
 from hayai.engine.engine import Engine
+from hayai.engine.pacing import DECODE_STEPS, Pacer
 from hayai.errors import ConfigError
 from hayai.models.registry import build_plans
 from hayai.plan.plan import CacheGroup, Plan, WeightSlot
@@ -35,6 +36,9 @@ DEFAULT_CONTEXT = 8192
 KV_TOKENS_PER_SEQUENCE = 1024
 """Default size of the KV cache, per sequence that may run; never less than one whole context. Memory is
 touched only as it is used."""
+
+PROMPT_ROWS = 64
+"""Logit rows of a step at least: how many log-probabilities of a prompt one step can give."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class LoadedModel:
         runner = dict(self.engine.runner.describe())
         bytes_per_token = runner.get("kv_bytes_per_token")
         if not isinstance(bytes_per_token, (int, float)):
-            bytes_per_token = kv_values_per_token(self.engine.groups.values()) * 2
+            bytes_per_token = kv_bytes_per_token(self.engine.groups.values(), config.kv_format)
         return {
             "model": self.name,
             "path": str(self.path),
@@ -77,7 +81,10 @@ class LoadedModel:
             "max_sequences": config.max_sequences,
             "max_step_tokens": config.max_step_tokens,
             "kv_tokens": kv_tokens,
+            "kv_format": config.kv_format,
             "kv_mib_when_full": round(kv_tokens * bytes_per_token / 2**20, 1),
+            "prefix_cache": _prefix_cache(config, self.engine),
+            "mixed_step": _mixed_step(config),
             "seed": "random" if config.seed is None else config.seed,
             "load_seconds": round(self.load_seconds, 3),
             **{f"backend.{key}": value for key, value in runner.items()},
@@ -106,12 +113,21 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None, chat: 
         for plan in plans.values():
             slots |= plan.slots
             groups |= plan.groups
-        limits = _limits(config)
+        limits = _limits(config, groups.values())
         backend = BACKENDS[config.backend](config, progress)
         runner = backend.compile(plans, FileWeights(file, "gguf", slots), limits)
         try:
             end_ids = _end_ids(tokenizer, file.metadata)
-            engine = Engine(runner, limits, groups, end_ids=end_ids, seed=config.seed)
+            _check_budget(config, limits, runner)
+            engine = Engine(
+                runner,
+                limits,
+                groups,
+                end_ids=end_ids,
+                seed=config.seed,
+                prefix_cache=config.prefix_cache,
+                pacer=Pacer(config.step_ms),
+            )
         except BaseException:
             runner.close()
             raise
@@ -162,6 +178,8 @@ LARGEST: Mapping[str, int] = {
     "max_sequences": 1 << 12,
     "max_step_tokens": 1 << 16,
     "kv_tokens": 1 << 26,
+    "kv_bytes": 1 << 44,
+    "step_ms": 60_000,
 }
 """The most that each option may ask for: what its bookkeeping is made for."""
 
@@ -173,6 +191,12 @@ def _check_options(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 1 <= value <= most:
             raise ConfigError(f"{name} must be from 1 to {most}: {value}")
+    if config.kv_format not in KV_FORMATS:
+        raise ConfigError(f"kv_format must be {' or '.join(KV_FORMATS)}: {config.kv_format!r}")
+    if config.kv_tokens is not None and config.kv_bytes is not None:
+        raise ConfigError(
+            f"kv_tokens ({config.kv_tokens}) and kv_bytes ({config.kv_bytes}) both size the cache: give one"
+        )
 
 
 def _resolve(config: EngineConfig, shape: ModelConfig, environment: Environment) -> EngineConfig:
@@ -187,30 +211,70 @@ def _resolve(config: EngineConfig, shape: ModelConfig, environment: Environment)
         context_length=context,
         # A step has room for one token of every sequence, whatever was asked for.
         max_step_tokens=max(config.max_step_tokens, config.max_sequences),
-        kv_tokens=config.kv_tokens or max(context, KV_TOKENS_PER_SEQUENCE * config.max_sequences),
+        kv_tokens=None
+        if config.kv_bytes
+        else config.kv_tokens or max(context, KV_TOKENS_PER_SEQUENCE * config.max_sequences),
     )
 
 
-def _limits(config: EngineConfig) -> Limits:
-    assert config.context_length is not None and config.kv_tokens is not None
+def _limits(config: EngineConfig, groups: Collection[CacheGroup]) -> Limits:
+    assert config.context_length is not None
+    if config.kv_bytes is not None:
+        block = kv_bytes_per_token(groups, config.kv_format) * BLOCK_SIZE
+        num_blocks = config.kv_bytes // block if block else -(-LARGEST["kv_tokens"] // BLOCK_SIZE)
+        if num_blocks < 1:
+            raise ConfigError(
+                f"kv_bytes is {config.kv_bytes}, but {BLOCK_SIZE} tokens of this model take {block} bytes in "
+                f"{config.kv_format}"
+            )
+    else:
+        assert config.kv_tokens is not None
+        num_blocks = -(-config.kv_tokens // BLOCK_SIZE)
     return Limits(
         max_tokens=config.max_step_tokens,
         max_sequences=config.max_sequences,
-        max_rows=config.max_sequences,
-        num_blocks=-(-config.kv_tokens // BLOCK_SIZE),
+        max_rows=max(config.max_sequences, min(PROMPT_ROWS, config.max_step_tokens)),
+        num_blocks=num_blocks,
         max_context=config.context_length,
+        kv_format=config.kv_format,
     )
 
 
-def kv_values_per_token(groups: Iterable[CacheGroup]) -> int:
-    """Numbers that the caches keep per position (states, which do not grow, left out)."""
+def _check_budget(config: EngineConfig, limits: Limits, runner: Runner) -> None:
+    """Hold the backend to the budget: what it says a token takes may differ from `kv_bytes_per_token`."""
+    said = runner.describe().get("kv_bytes_per_token")
+    if config.kv_bytes is not None and isinstance(said, (int, float)):
+        taken = said * limits.num_blocks * BLOCK_SIZE
+        if taken > config.kv_bytes:
+            raise ConfigError(
+                f"kv_bytes is {config.kv_bytes}, but its {limits.num_blocks} blocks take {taken:.0f} on the "
+                f"{config.backend} backend: size the cache by kv_tokens"
+            )
+
+
+def kv_bytes_per_token(groups: Iterable[CacheGroup], kv_format: str) -> int:
+    """Bytes that the caches keep per position (states, which do not grow, left out)."""
     total = 0
     for group in groups:
         if group.kind != "state":
             heads = group.num_heads if group.kind in ("full", "window") else 1
-            values = 0 if group.kind == "index" else group.value_dim
-            total += group.num_layers * heads * (group.key_dim + values)
+            sizes = [group.key_dim] if group.kind == "index" else [group.key_dim, group.value_dim]
+            total += group.num_layers * heads * sum(_KV_BYTES[kv_format](size) for size in sizes)
     return total
+
+
+_KV_BYTES: Mapping[str, Callable[[int], int]] = {"f16": lambda size: 2 * size, "q8": lambda size: size + 2}
+"""Bytes of one head's vector; see backends.base.KV_FORMATS."""
+
+
+def _prefix_cache(config: EngineConfig, engine: Engine) -> str:
+    if not config.prefix_cache:
+        return "off"
+    return "on" if engine.keeps_prefixes else "off: a state holds the last position only"
+
+
+def _mixed_step(config: EngineConfig) -> str:
+    return f"{DECODE_STEPS:g} decode steps" if config.step_ms is None else f"{config.step_ms:g} ms"
 
 
 # ---------------------------------------------------------------- text

@@ -14,15 +14,12 @@ import click
 from hayai.cli.console import human_bytes
 from hayai.config import ModelConfig, read_environment
 from hayai.formats import FORMATS
-from hayai.load import kv_values_per_token
+from hayai.load import kv_bytes_per_token
 from hayai.models.registry import build_plans
 from hayai.plan.plan import Plan
 from hayai.plan.validate import dump
 from hayai.weights.gguf import GgufFile, model_config
 from hayai.weights.pull import resolve_model
-
-CACHE_BYTES = 2
-"""Bytes of a cached number: keys and values are kept in 16 bits."""
 
 
 @click.command()
@@ -67,7 +64,7 @@ def summary(file: GgufFile, config: ModelConfig, plans: Mapping[str, Plan], cont
         elements[tensor.format] += math.prod(tensor.shape)
     weights, total = sum(sizes.values()), sum(elements.values())
     groups = {name: group for plan in plans.values() for name, group in plan.groups.items()}
-    cache = CACHE_BYTES * context * kv_values_per_token(groups.values())
+    cache = context * kv_bytes_per_token(groups.values(), "f16")
     return {
         "file": str(file.path),
         "file_bytes": file.size,

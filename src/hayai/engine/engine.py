@@ -23,7 +23,10 @@ from hayai.engine.step_builder import StepBuilder
 from hayai.errors import ConfigError, RequestError
 from hayai.plan.plan import CacheGroup
 
+__all__ = ["Engine", "EngineStats"]
+
 MANY_DEADLINES = 64
+"""Stale entries that the heap of deadlines may hold before it is cleaned."""
 
 Noted = tuple[Logprob | None, RequestTiming | None, tuple[Logprob | None, ...] | None]
 """Of an event: logprob, timing, prompt_logprobs."""
