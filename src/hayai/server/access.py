@@ -178,6 +178,14 @@ class Access:
             "no API key: send one as `Authorization: Bearer KEY` (or in the header x-api-key or api-key)"
         )
 
+    def principal(self, key_id: str | None) -> Principal | None:
+        """Who a key stands for now, for work that outlives its request (batches); None where the key is gone
+        or revoked. key_id None: who came without one."""
+        if key_id is None:
+            return self._anonymous
+        key = self._snapshot.keys.get(key_id) if self._snapshot is not None else None
+        return None if key is None or key.revoked is not None else self._principals[key_id]
+
     def admit(
         self,
         principal: Principal,

@@ -12,6 +12,7 @@ import hayai
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 _BODY = "hayai_body"
+_FORM = "hayai_form"
 
 
 def takes(model: type[BaseModel]) -> Callable[[Endpoint], Endpoint]:
@@ -19,6 +20,16 @@ def takes(model: type[BaseModel]) -> Callable[[Endpoint], Endpoint]:
 
     def mark(endpoint: Endpoint) -> Endpoint:
         setattr(endpoint, _BODY, model)
+        return endpoint
+
+    return mark
+
+
+def takes_form(schema: dict[str, Any]) -> Callable[[Endpoint], Endpoint]:
+    """Decorator: the endpoint's multipart form, as a JSON schema of its fields."""
+
+    def mark(endpoint: Endpoint) -> Endpoint:
+        setattr(endpoint, _FORM, schema)
         return endpoint
 
     return mark
@@ -37,6 +48,9 @@ def describe_api(routes: Sequence[BaseRoute]) -> dict[str, Any]:
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= schema.pop("$defs", {})
             entry["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        form: dict[str, Any] | None = getattr(route.endpoint, _FORM, None)
+        if form is not None:
+            entry["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
         path = route.path.replace(":path}", "}")
         entry["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
