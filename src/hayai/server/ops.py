@@ -18,7 +18,7 @@ import hayai
 from hayai.engine.request import BATCH
 from hayai.server.batch_runner import BatchRunner
 from hayai.server.context import ServerContext
-from hayai.server.errors import ApiError
+from hayai.server.errors import ApiError, as_api_error
 from hayai.server.metrics import CONTENT_TYPE
 from hayai.server.openai_routes import json_response
 
@@ -182,6 +182,7 @@ def _build(context: ServerContext) -> dict[str, str]:
     return {"version": hayai.__version__, "model": context.frontend.model_name, **described}
 
 
-def count_refusals(context: ServerContext, error: ApiError) -> None:
+def count_refusal(context: ServerContext, error: Exception) -> None:
     """Enter an error that was answered instead of a request: by its code, of which there are few."""
-    context.metrics.rejected(error.code or str(error.status))
+    shown = as_api_error(error)
+    context.metrics.rejected(shown.code or str(shown.status))
