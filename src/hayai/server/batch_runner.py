@@ -150,8 +150,8 @@ class BatchRunner:
                 await asyncio.sleep(POLL_SECONDS)
 
     async def _take_place(self, wanted: Callable[[], Awaitable[bool]]) -> bool:
-        """Wait for a turn to run a line, as long as it is `wanted`; whether there is one (`_leave_place` gives
-        it back)."""
+        """Wait for a turn to run a line, as long as it is `wanted`; whether there is one. Then `_leave_place`
+        gives it back."""
         turn = asyncio.get_running_loop().create_future()
         self._queue.append(turn)
         self._give_turns()
