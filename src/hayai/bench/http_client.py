@@ -20,7 +20,11 @@ RECEIVE_BYTES = 1 << 16
 
 
 class HttpFailure(Exception):
-    """The server answered with an error, broke off, or was silent for too long."""
+    """The server answered with an error (`status`), broke off, or was silent for too long (status 0)."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -75,51 +79,80 @@ def build_request(host: str, port: int, path: str, payload: Mapping[str, Any]) -
     return head.encode() + body
 
 
-def parse_stream(sent: float, pieces: list[tuple[float, bytes]]) -> StreamResult:
-    """Cut stored (time, bytes) pairs into events. HttpFailure where they are no complete answer."""
+def parse_stream(sent: float, pieces: list[tuple[float, bytes]], *, partial: bool = False) -> StreamResult:
+    """Cut stored (time, bytes) pairs into events. HttpFailure where they are no complete answer.
+
+    partial: the stream may break off anywhere after its header; an event that is not whole is left out.
+    """
     raw = b"".join(data for _, data in pieces)
     starts: list[int] = []
     total = 0
     for _, data in pieces:
         starts.append(total)
         total += len(data)
+    status, _, spans = split_raw(raw, partial)
+    if status != 200:
+        text = b"".join(raw[a:b] for a, b in spans)
+        raise HttpFailure(f"status {status}: {text[:500].decode(errors='replace')}", status)
+
+    def arrival(index: int) -> float:
+        return pieces[bisect.bisect_right(starts, index) - 1][0]
+
+    events = tuple(Event(arrival(at), data) for at, data in cut_events(raw, spans, partial))
+    return StreamResult(status, sent, pieces[-1][0], events)
+
+
+def split_raw(raw: bytes, partial: bool = False) -> tuple[int, int, list[tuple[int, int]]]:
+    """(status, length of the header, payload ranges) of an answer's bytes."""
     head, separator, _ = raw.partition(b"\r\n\r\n")
     if not separator:
         raise HttpFailure(f"no complete HTTP header in {len(raw)} bytes: {raw[:200]!r}")
     status = int(head.split(b" ", 2)[1])
     offset = len(head) + 4
-    chunked = b"transfer-encoding: chunked" in head.lower()
-    spans = chunk_spans(raw, offset) if chunked else [(offset, len(raw))]
+    if b"transfer-encoding: chunked" in head.lower():
+        return status, offset, chunk_spans(raw, offset, partial)
+    return status, offset, [(offset, len(raw))]
+
+
+def split_answer(pieces: list[tuple[float, bytes]]) -> tuple[int, bytes, bytes]:
+    """(status, body, header) of an answer that is no stream; HttpFailure on any status but 200."""
+    raw = b"".join(data for _, data in pieces)
+    status, offset, spans = split_raw(raw)
+    body = b"".join(raw[a:b] for a, b in spans)
     if status != 200:
-        text = b"".join(raw[a:b] for a, b in spans)
-        raise HttpFailure(f"status {status}: {text[:500].decode(errors='replace')}")
-
-    def arrival(index: int) -> float:
-        return pieces[bisect.bisect_right(starts, index) - 1][0]
-
-    events = tuple(Event(arrival(at), data) for at, data in cut_events(raw, spans))
-    return StreamResult(status, sent, pieces[-1][0], events)
+        raise HttpFailure(f"status {status}: {body[:500].decode(errors='replace')}", status)
+    return status, body, raw[:offset]
 
 
-def chunk_spans(raw: bytes, offset: int) -> list[tuple[int, int]]:
-    """Payload ranges of a chunked body from `offset` on. HttpFailure where the last chunk is missing."""
+def chunk_spans(raw: bytes, offset: int, partial: bool = False) -> list[tuple[int, int]]:
+    """Payload ranges of a chunked body from `offset` on. HttpFailure where the last chunk is missing, or
+    with `partial` the ranges of the whole chunks before it."""
     spans: list[tuple[int, int]] = []
     while True:
         end = raw.find(b"\r\n", offset)
         if end < 0:
+            if partial:
+                return spans
             raise HttpFailure("the chunked answer broke off")
         size = int(raw[offset:end].split(b";")[0], 16)
         if size == 0:
             return spans
         start = end + 2
         if start + size + 2 > len(raw):
+            if partial:
+                return spans
             raise HttpFailure("the chunked answer broke off")
         spans.append((start, start + size))
         offset = start + size + 2
 
 
-def cut_events(raw: bytes, spans: list[tuple[int, int]]) -> list[tuple[int, dict[str, Any]]]:
-    """(offset of its first byte in `raw`, payload) per JSON event; comments and [DONE] are passed over."""
+def cut_events(
+    raw: bytes, spans: list[tuple[int, int]], partial: bool = False
+) -> list[tuple[int, dict[str, Any]]]:
+    """(offset of its first byte in `raw`, payload) per JSON event; comments and [DONE] are passed over.
+
+    partial: what follows the last blank line is no event yet.
+    """
     body = b"".join(raw[a:b] for a, b in spans)
     inner: list[int] = []
     total = 0
@@ -128,7 +161,8 @@ def cut_events(raw: bytes, spans: list[tuple[int, int]]) -> list[tuple[int, dict
         total += b - a
     events: list[tuple[int, dict[str, Any]]] = []
     at = 0
-    for block in body.replace(b"\r\n\r\n", b"\n\n\x00\x00").split(b"\n\n"):
+    blocks = body.replace(b"\r\n\r\n", b"\n\n\x00\x00").split(b"\n\n")
+    for block in blocks[:-1] if partial else blocks:
         # an event that ended in CRLF CRLF leaves two filler bytes, so that offsets stay true
         text = block.lstrip(b"\x00\r\n")
         start = at + len(block) - len(text)

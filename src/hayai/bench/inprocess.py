@@ -19,6 +19,7 @@ from hayai.backends.base import BLOCK_SIZE, Runner, SamplingRow, StepInput, Step
 from hayai.bench.sides import Batched, Generated, Shape
 from hayai.config import EngineConfig
 from hayai.engine.request import EngineRequest, SamplingParams, TokenEvent
+from hayai.frontend import Frontend
 from hayai.load import LoadedModel, load_model
 
 clock = time.perf_counter
@@ -218,6 +219,11 @@ class LogitRunner:
 
     def close(self) -> None:
         self.loaded.engine.close()
+
+
+def load_frontend(model: str) -> Frontend:
+    """The file's tokenizer and chat template, as the server uses them; its engine is never run."""
+    return Frontend(load_model(EngineConfig(model=model, threads=1, max_sequences=1)))
 
 
 def measure_roofline(threads: Sequence[int], step_bytes: float) -> Roofline | None:

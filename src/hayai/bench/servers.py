@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hayai.bench.http_client import Event, HttpFailure, StreamResult, get_json, post_stream
-from hayai.bench.machine import status_kib
+from hayai.bench.load_client import Address
+from hayai.bench.machine import cpu_seconds, status_kib
 from hayai.bench.peers import Pausable, PeerFailure
 
 HOST = "127.0.0.1"
@@ -49,41 +50,67 @@ class Streamed:
         return self.num_tokens / len(self.times)
 
 
+Prompt = Sequence[int] | str
+"""Token ids, or a text that the server tokenises."""
+
+
 @dataclass(frozen=True)
 class Dialect(ABC):
-    """How a server is asked for a forced-length greedy continuation of token ids, and how it answers."""
+    """How a server is asked for a continuation, and how it answers. model: the name to ask for, '' = none."""
 
     path: str
     health: str
+    model: str = ""
 
     @abstractmethod
-    def payload(self, prompt: Sequence[int], max_tokens: int) -> Mapping[str, Any]: ...
+    def payload(
+        self, prompt: Prompt, max_tokens: int, *, forced: bool = True, cached: bool = False,
+        stream: bool = True,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Greedy. forced: go on after an end token, so that the length is exact. cached: the prompt may come
+        from a prefix cache (where the request decides that)."""
 
     @abstractmethod
-    def content(self, event: Event) -> bool:
-        """Whether an event carries generated text."""
+    def text(self, event: Event) -> str:
+        """Generated text in an event."""
 
     @abstractmethod
     def counts(self, result: StreamResult) -> tuple[int, int, int]:
         """(output tokens, prompt tokens, cached prompt tokens) by the server's own account."""
 
+    def content(self, event: Event) -> bool:
+        """Whether an event carries generated text."""
+        return bool(self.text(event))
+
+    def timings(self, events: Sequence[Event]) -> Mapping[str, Any]:
+        """The server's own clock, where it tells it without being asked."""
+        return {}
+
 
 class OpenAiCompletions(Dialect):
-    """/v1/completions with token ids as the prompt and `ignore_eos` as extension: our server."""
+    """/v1/completions with `ignore_eos` as extension: our server, vLLM, SGLang, llama-server."""
 
-    def payload(self, prompt: Sequence[int], max_tokens: int) -> Mapping[str, Any]:
-        return {
-            "prompt": list(prompt),
-            "max_tokens": max_tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+    def payload(
+        self, prompt: Prompt, max_tokens: int, *, forced: bool = True, cached: bool = False,
+        stream: bool = True,
+    ) -> dict[str, Any]:  # fmt: skip
+        return self._fields({"prompt": prompt if isinstance(prompt, str) else list(prompt)}, max_tokens,
+                            forced, stream)  # fmt: skip
 
-    def content(self, event: Event) -> bool:
-        choices = event.data.get("choices") or ()
-        return any(choice.get("text") for choice in choices)
+    def _fields(
+        self, start: dict[str, Any], max_tokens: int, forced: bool, stream: bool
+    ) -> dict[str, Any]:  # fmt: skip
+        fields = start | {"max_tokens": max_tokens, "temperature": 0.0}
+        if self.model:
+            fields["model"] = self.model
+        if forced:
+            fields["ignore_eos"] = True
+        if stream:
+            fields |= {"stream": True, "stream_options": {"include_usage": True}}
+        return fields
+
+    def text(self, event: Event) -> str:
+        return "".join(choice.get("text") or "" for choice in event.data.get("choices") or ())
 
     def counts(self, result: StreamResult) -> tuple[int, int, int]:
         usage = next(e.data["usage"] for e in reversed(result.events) if e.data.get("usage"))
@@ -91,28 +118,56 @@ class OpenAiCompletions(Dialect):
         return usage["completion_tokens"], usage["prompt_tokens"], details.get("cached_tokens") or 0
 
 
+class OpenAiChat(OpenAiCompletions):
+    """/v1/chat/completions with the prompt as one user message; text only."""
+
+    def payload(
+        self, prompt: Prompt, max_tokens: int, *, forced: bool = True, cached: bool = False,
+        stream: bool = True,
+    ) -> dict[str, Any]:  # fmt: skip
+        if not isinstance(prompt, str):
+            raise ValueError("chat completions take text, not token ids")
+        messages = [{"role": "user", "content": prompt}]
+        return self._fields({"messages": messages}, max_tokens, forced, stream)
+
+    def text(self, event: Event) -> str:
+        parts = (
+            choice.get("delta") or choice.get("message") or {} for choice in event.data.get("choices") or ()
+        )
+        return "".join(part.get("content") or "" for part in parts)
+
+
 class LlamaCompletion(Dialect):
     """llama-server's own /completion, its shortest path to a token."""
 
-    def payload(self, prompt: Sequence[int], max_tokens: int) -> Mapping[str, Any]:
+    def payload(
+        self, prompt: Prompt, max_tokens: int, *, forced: bool = True, cached: bool = False,
+        stream: bool = True,
+    ) -> dict[str, Any]:  # fmt: skip
         return {
-            "prompt": list(prompt),
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
             "n_predict": max_tokens,
             "temperature": 0.0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-            "stream": True,
+            "ignore_eos": forced,
+            "cache_prompt": cached,
+            "stream": stream,
         }
 
-    def content(self, event: Event) -> bool:
-        return bool(event.data.get("content"))
+    def text(self, event: Event) -> str:
+        return str(event.data.get("content") or "")
 
     def counts(self, result: StreamResult) -> tuple[int, int, int]:
+        # prompt_n is what was computed; the whole prompt is that and what the cache had
         timings = result.events[-1].data["timings"]
-        return timings["predicted_n"], timings["prompt_n"], timings.get("cache_n", 0)
+        cached = timings.get("cache_n", 0)
+        return timings["predicted_n"], timings["prompt_n"] + cached, cached
+
+    def timings(self, events: Sequence[Event]) -> Mapping[str, Any]:
+        return dict(events[-1].data.get("timings") or {}) if events else {}
 
 
 OPENAI = OpenAiCompletions("/v1/completions", "/health")
+CHAT = OpenAiChat("/v1/chat/completions", "/health")
 LLAMA = LlamaCompletion("/completion", "/health")
 
 
@@ -172,6 +227,14 @@ class Server(Pausable):
     def settings(self, case: str) -> str:
         return self.facts
 
+    @property
+    def address(self) -> Address:
+        return Address(HOST, self.port)
+
+    def cpu(self) -> float:
+        """CPU seconds that the process has used so far."""
+        return cpu_seconds(self.process.pid)
+
     def peak_mb(self) -> float | None:
         """VmHWM in MB (1e6 bytes)."""
         kib = status_kib(self.process.pid, "VmHWM")
@@ -195,12 +258,14 @@ def hayai_command() -> list[str]:
     return [str(beside)] if os.access(beside, os.X_OK) else [sys.executable, "-m", "hayai.cli.main"]
 
 
-def start_hayai(model: str, threads: int, context: int, log: Path) -> Server:
-    """`hayai serve` on a free port."""
+def start_hayai(
+    model: str, threads: int, context: int, log: Path, more: Sequence[str] = ()
+) -> Server:  # fmt: skip
+    """`hayai serve` on a free port. more: further options of it."""
     port = free_port()
     command = [
         *hayai_command(), "serve", "--model", model, "--host", HOST, "--port", str(port),
-        "--threads", str(threads), "--context", str(context),
+        "--threads", str(threads), "--context", str(context), *more,
     ]  # fmt: skip
     return Server("hayai serve", "hayai", "same", command, port, OPENAI, log)
 

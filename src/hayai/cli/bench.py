@@ -33,7 +33,7 @@ def _names(known: tuple[str, ...], text: str, option: str) -> tuple[str, ...]:
 
 
 def _names_help(**lists: tuple[str, ...]) -> str:
-    """Lists of names at the end of a help page, never broken inside a name (click keeps lines after `\\b`)."""
+    """Lists of names at the end of a help page, no name broken (click keeps lines after `\\b`)."""
     return "\b\n" + "\n".join(
         textwrap.fill(f"{title}: {', '.join(names)}", 78, subsequent_indent="  ", break_on_hyphens=False)
         for title, names in lists.items()
@@ -113,6 +113,112 @@ def speed(
     if json_path is not None:
         write_json(session, json_path)
     click.echo(text_report(session))
+
+
+LOAD_CASES = ("parallel8", "freeze", "prefix", "bits", "overhead", "overload", "agent", "mooncake")
+TRACE_NAMES = ("azure-conv", "azure-code", "mooncake", "mooncake-synthetic")
+LOAD_PEERS = ("llama-server",)
+
+
+@command.command(epilog=_names_help(Cases=LOAD_CASES, Peers=LOAD_PEERS, Traces=TRACE_NAMES))
+@click.option("--model", "-m", default="default", show_default=True, help="A .gguf file, or 'default'.")
+@click.option("--threads", "-t", type=click.IntRange(1, 1024), help="Threads of every server.")
+@click.option("--pairs", type=click.IntRange(1, 1000), default=5, show_default=True,
+              help="Interleaved repetitions.")  # fmt: skip
+@click.option("--cases", default="all", show_default=True, help="Which named loads, by comma; listed below.")
+@click.option("--peers", default="all", show_default=True, help="Which peers, by comma, or none.")
+@click.option("--peer-python", "pythons", multiple=True, metavar="PATH",
+              help="A Python with peers installed (may be given more than once).")  # fmt: skip
+@click.option("--data", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Folder of recorded traces. [default: HAYAI_DATA]")  # fmt: skip
+@click.option("--url", default="", help="Load this server instead of one of ours.")
+@click.option("--server-pid", type=click.IntRange(1), help="Its process, to account for its CPU time.")
+@click.option("--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Sent with every request.")
+@click.option("--api", type=click.Choice(("completions", "chat")), default="completions", show_default=True,
+              help="How a server given by URL is asked.")  # fmt: skip
+@click.option("--model-name", default="", help="The model's name in requests to a URL. [default: none]")
+@click.option("--text", "text_prompts", is_flag=True, help="Prompts as text instead of token ids.")
+@click.option("--natural-stop", is_flag=True, help="Let answers end by themselves instead of forced lengths.")
+@click.option("--concurrency", type=click.IntRange(1, 4096), help="A closed loop of so many users.")
+@click.option(
+    "--rate", type=click.FloatRange(min=0, min_open=True), help="An open loop, requests per second."
+)
+@click.option("--trace", type=click.Choice(TRACE_NAMES), help="Replay it at --rate, or swept over rates.")
+@click.option("--requests", type=click.IntRange(1), default=32, show_default=True,
+              help="How many, per repetition, of the three loads above.")  # fmt: skip
+@click.option("--input", "prompt_tokens", type=click.IntRange(1), default=128, show_default=True,
+              help="Prompt tokens.")  # fmt: skip
+@click.option("--output", "output_tokens", type=click.IntRange(1), default=128, show_default=True,
+              help="Answer tokens.")  # fmt: skip
+@click.option("--scale", type=click.FloatRange(min=1), default=16.0, show_default=True,
+              help="What the lengths of a trace are divided by.")  # fmt: skip
+@click.option("--ttft-ms", type=click.FloatRange(min=0), default=2000.0, show_default=True,
+              help="Service level of goodput and sweeps.")  # fmt: skip
+@click.option("--tpot-ms", type=click.FloatRange(min=0), default=50.0, show_default=True,
+              help="Service level of goodput and sweeps.")  # fmt: skip
+@click.option("--budget", type=click.FloatRange(min=1), default=300.0, show_default=True,
+              help="Seconds per side that one sweep over rates may take.")  # fmt: skip
+@click.option("--serve-option", "serve_options", multiple=True, metavar="OPTION",
+              help="Passed on to hayai serve (may be given more than once).")  # fmt: skip
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write every request here.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Fewer pairs and shorter loads: a smoke test, not a claim.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of prompts and arrivals.")
+def load(
+    model: str, threads: int | None, pairs: int, cases: str, peers: str, pythons: tuple[str, ...],
+    data: Path | None, url: str, server_pid: int | None, headers: tuple[str, ...], api: str, model_name: str,
+    text_prompts: bool, natural_stop: bool, concurrency: int | None, rate: float | None, trace: str | None,
+    requests: int, prompt_tokens: int, output_tokens: int, scale: float, ttft_ms: float, tpot_ms: float,
+    budget: float, serve_options: tuple[str, ...], json_path: Path | None, quick: bool, seed: int,
+) -> None:  # fmt: skip
+    """Many requests at once: throughput, latencies, goodput, failures, beside llama-server in one run.
+
+    Without --concurrency, --rate or --trace the named cases run, each with its bar. Ours is started for every
+    case; --url takes a server that runs already.
+    """
+    from hayai.bench.load import (  # the bench imports the engine: slow, and other verbs don't need it
+        Custom,
+        run,
+    )
+    from hayai.bench.load_metrics import Slo
+    from hayai.bench.load_report import text_report, write_json
+    from hayai.bench.load_sides import LoadOptions
+    from hayai.bench.machine import usable_cores
+
+    environment = read_environment()
+    if concurrency is not None and (rate is not None or trace is not None):
+        raise click.UsageError(
+            "--concurrency is a closed loop; --rate and --trace are open ones: give one kind"
+        )
+    custom = None
+    if concurrency is not None or rate is not None or trace is not None:
+        slo = Slo(ttft_ms / 1e3, tpot_ms / 1e3)
+        custom = Custom(concurrency, rate, trace, requests, prompt_tokens, output_tokens, slo)
+    options = LoadOptions(
+        model=model, home=environment.home,
+        threads=threads or environment.threads or min(2, len(usable_cores())),
+        pairs=min(pairs, 2) if quick else pairs,
+        cases=_names(LOAD_CASES, cases, "--cases"), peers=_names(LOAD_PEERS, peers, "--peers"),
+        pythons=pythons, data=data or environment.data, seed=seed, url=url, server_pid=server_pid,
+        headers=_headers(headers), dialect=api, model_name=model_name, forced=not natural_stop,
+        text_prompts=text_prompts or api == "chat", serve_options=serve_options, budget=budget,
+        length_factor=scale, quick=quick,
+    )  # fmt: skip
+    session = run(options, note, custom)
+    if json_path is not None:
+        write_json(session, json_path)
+    click.echo(text_report(session, custom))
+
+
+def _headers(given: tuple[str, ...]) -> dict[str, str]:
+    """'Name: value' pairs."""
+    found = {}
+    for text in given:
+        name, separator, value = text.partition(":")
+        if not separator or not name.strip() or any(c in text for c in "\r\n"):
+            raise click.BadParameter(f"not 'NAME: VALUE': {text!r}", param_hint="--header")
+        found[name.strip()] = value.strip()
+    return found
 
 
 @command.command()
