@@ -1,6 +1,9 @@
-// Attention over paged fp16 keys and values, one kv head at a time.
+// Attention over paged keys and values, one kv head at a time.
 //
 //   score_p = scale * <q, k_p> (soft-capped), e_p = exp(score_p - max), out = sum_p e_p v_p
+//
+// Pages of codes (kQ8Kv) are read as floats without their scales: a key's scale is multiplied into its score,
+// a value's into its e_p.
 //
 // A split (64 positions) is processed in three passes over all (query, head) rows: scores, softmax,
 // values. Scores form with positions in lanes (keys are stored transposed), values with dimensions in
@@ -37,19 +40,35 @@ INLINE VF merge_values(VF keep, VF old_value, VF gain, VF new_value) {
   return fma(keep, old_value, mul(gain, new_value));
 }
 
+// ---------------------------------------------------------------- elements of a page
+
+template <int FORMAT> struct Kv;
+template <> struct Kv<kF16Kv> {
+  typedef uint16_t Element;
+};
+template <> struct Kv<kQ8Kv> {
+  typedef int8_t Element;
+};
+INLINE VF load_elements(const uint16_t *p) { return load16_f16(p); }
+INLINE VF load_elements(const int8_t *p) { return load16_i8(p); }
+INLINE VF load_elements_n(const uint16_t *p, int n) { return load16_f16_n(p, n); }
+INLINE VF load_elements_n(const int8_t *p, int n) { return load16_i8_n(p, n); }
+template <int FORMAT> constexpr int kLineVectors = 4 / int(sizeof(typename Kv<FORMAT>::Element));
+
 // ---------------------------------------------------------------- one split
 
 // What the passes share. Rows are (query, head) pairs, row = query * heads + head.
 struct Split {
   const AttendArgs *args;
-  int base;                           // first position of the split
-  int first_query, last_query;        // queries that see any of it: [first, last)
-  int begin, end;                     // union of the positions they see, relative to base
-  int first_page, last_page;          // pages of these, 0..4
-  const uint16_t *page[kSplitPages];  // unneeded pages repeat a needed one
-  const uint16_t *ahead[kSplitPages]; // same pages of the next split, or null
-  float *scores;                      // [row][64], later e
-  float *keep, *gain;                 // [row] weights of the merge
+  int base;                             // first position of the split
+  int first_query, last_query;          // queries that see any of it: [first, last)
+  int begin, end;                       // union of the positions they see, relative to base
+  int first_page, last_page;            // pages of these, 0..4
+  const uint8_t *page[kSplitPages];     // unneeded pages repeat a needed one
+  const uint8_t *ahead[kSplitPages];    // same pages of the next split, or null
+  float *scores;                        // [row][64], later e
+  float *keep, *gain;                   // [row] weights of the merge
+  const float *key_scale, *value_scale; // [64], kQ8Kv; the keys' hold args->scale too
 };
 
 INLINE const float *query_row(const AttendArgs &a, int row) {
@@ -58,35 +77,40 @@ INLINE const float *query_row(const AttendArgs &a, int row) {
 INLINE float *out_row(const AttendArgs &a, int row) {
   return a.out + row / a.heads_per_kv * a.out_stride + int64_t(row % a.heads_per_kv) * a.value_dim;
 }
-INLINE const uint16_t *page_at(const AttendArgs &a, int page) {
-  return (const uint16_t *)(a.pages + size_t(a.block_table[page]) * a.block_stride);
+INLINE const uint8_t *page_at(const AttendArgs &a, int page) {
+  return a.pages + size_t(a.block_table[page]) * a.block_stride;
+}
+// Where the scales of a page of codes begin: 16 of the keys, 16 of the values.
+INLINE size_t scales_at(int head_dim, int value_dim) {
+  return size_t(kPagePositions) * size_t(head_dim + value_dim);
 }
 INLINE int lowest_seen(const AttendArgs &a, int own) {
   return a.window > 0 && own >= a.window ? own - a.window + 1 : 0;
 }
 
-// Scores of ROWS rows at kScorePages pages from `first`. One line of each next page is touched per two
-// dimensions: hardware prefetchers stop at page borders.
-template <int ROWS> static void score_block(const Split &s, int row, int first, bool fetch) {
+// Scores of ROWS rows at kScorePages pages from `first`. Each line of each next page is touched as the same one
+// of this page is read: hardware prefetchers stop at page borders.
+template <int FORMAT, int ROWS> static void score_block(const Split &s, int row, int first, bool fetch) {
+  typedef typename Kv<FORMAT>::Element Element;
   const AttendArgs &a = *s.args;
   const float *q[ROWS];
-  const uint16_t *k[kScorePages], *ahead[kScorePages];
+  const Element *k[kScorePages], *ahead[kScorePages];
   UNROLL for (int r = 0; r < ROWS; r++) q[r] = query_row(a, row + r);
   UNROLL for (int p = 0; p < kScorePages; p++) {
-    k[p] = s.page[first + p];
-    ahead[p] = fetch ? s.ahead[first + p] : nullptr;
+    k[p] = (const Element *)s.page[first + p];
+    ahead[p] = fetch ? (const Element *)s.ahead[first + p] : nullptr;
   }
   VF sums[ROWS][kScorePages];
   UNROLL for (int r = 0; r < ROWS; r++) {
     UNROLL for (int p = 0; p < kScorePages; p++) sums[r][p] = splat(0);
   }
   for (int64_t d = 0; d < a.head_dim; d++) {
-    if (fetch && d % 2 == 0) {
+    if (fetch && d % kLineVectors<FORMAT> == 0) {
       UNROLL for (int p = 0; p < kScorePages; p++) prefetch(ahead[p] + d * kPagePositions);
     }
     int64_t at = d;
     UNROLL for (int p = 0; p < kScorePages; p++) {
-      const VF key = load16_f16(k[p] + d * kPagePositions);
+      const VF key = load_elements(k[p] + d * kPagePositions);
       UNROLL for (int r = 0; r < ROWS; r++) sums[r][p] = fma(key, splat(q[r][at]), sums[r][p]);
       RELOAD(at);
     }
@@ -98,17 +122,19 @@ template <int ROWS> static void score_block(const Split &s, int row, int first, 
   }
 }
 
-template <int ROWS> static void score_rows(int rows, const Split &s, int row, int first, bool fetch) {
+template <int FORMAT, int ROWS>
+static void score_rows(int rows, const Split &s, int row, int first, bool fetch) {
   if (rows == ROWS) {
-    score_block<ROWS>(s, row, first, fetch);
+    score_block<FORMAT, ROWS>(s, row, first, fetch);
   } else if constexpr (ROWS > 1) {
-    score_rows<ROWS - 1>(rows, s, row, first, fetch);
+    score_rows<FORMAT, ROWS - 1>(rows, s, row, first, fetch);
   }
 }
 
 // ROWS rows times VECTORS * 16 value dimensions from `dim`. LANES < 16: a partial last vector.
-template <int ROWS, int VECTORS, bool PARTIAL>
+template <int FORMAT, int ROWS, int VECTORS, bool PARTIAL>
 static void value_block(const Split &s, int row, int dim, int lanes, bool fetch) {
+  typedef typename Kv<FORMAT>::Element Element;
   const AttendArgs &a = *s.args;
   const int64_t values = int64_t(kPagePositions) * a.head_dim + dim;
   const float *e = s.scores + row * kSplitPositions;
@@ -116,13 +142,14 @@ static void value_block(const Split &s, int row, int dim, int lanes, bool fetch)
   UNROLL for (int r = 0; r < ROWS; r++) { UNROLL for (int i = 0; i < VECTORS; i++) sums[r][i] = splat(0); }
   for (int p = s.begin; p < s.end; p++) {
     const int64_t at = values + int64_t(p % kPagePositions) * a.value_dim;
-    const uint16_t *v = s.page[p / kPagePositions] + at;
+    const Element *v = (const Element *)s.page[p / kPagePositions] + at;
     if (fetch) {
-      UNROLL for (int i = 0; i < VECTORS; i += 2) prefetch(s.ahead[p / kPagePositions] + at + 16 * i);
+      const Element *ahead = (const Element *)s.ahead[p / kPagePositions] + at;
+      UNROLL for (int i = 0; i < VECTORS; i += kLineVectors<FORMAT>) prefetch(ahead + 16 * i);
     }
     int64_t position = p;
     UNROLL for (int i = 0; i < VECTORS; i++) {
-      const VF value = PARTIAL ? load16_f16_n(v, lanes) : load16_f16(v + 16 * i);
+      const VF value = PARTIAL ? load_elements_n(v, lanes) : load_elements(v + 16 * i);
       UNROLL for (int r = 0; r < ROWS; r++) {
         sums[r][i] = fma(value, splat(e[r * kSplitPositions + position]), sums[r][i]);
       }
@@ -144,18 +171,18 @@ static void value_block(const Split &s, int row, int dim, int lanes, bool fetch)
   }
 }
 
-template <int ROWS> static void value_rows(int rows, const Split &s, int row, bool fetch) {
+template <int FORMAT, int ROWS> static void value_rows(int rows, const Split &s, int row, bool fetch) {
   if (rows != ROWS) {
-    if constexpr (ROWS > 1) value_rows<ROWS - 1>(rows, s, row, fetch);
+    if constexpr (ROWS > 1) value_rows<FORMAT, ROWS - 1>(rows, s, row, fetch);
     return;
   }
   const int dims = s.args->value_dim;
   int dim = 0;
   for (; dim + 16 * kValueVectors <= dims; dim += 16 * kValueVectors) {
-    value_block<ROWS, kValueVectors, false>(s, row, dim, 16, fetch);
+    value_block<FORMAT, ROWS, kValueVectors, false>(s, row, dim, 16, fetch);
   }
-  for (; dim + 16 <= dims; dim += 16) value_block<ROWS, 1, false>(s, row, dim, 16, fetch);
-  if (dim < dims) value_block<ROWS, 1, true>(s, row, dim, dims - dim, fetch);
+  for (; dim + 16 <= dims; dim += 16) value_block<FORMAT, ROWS, 1, false>(s, row, dim, 16, fetch);
+  if (dim < dims) value_block<FORMAT, ROWS, 1, true>(s, row, dim, dims - dim, fetch);
 }
 
 // Number of rows of the next block when `left` rows remain: as even as possible, so that no block is
@@ -165,8 +192,8 @@ INLINE int even_share(int left, int most) {
   return (left + blocks - 1) / blocks;
 }
 
-// Scale, cap and mask one row; leaves e in place of the scores.
-INLINE void softmax_row(const Split &s, int row, float &largest, float &total) {
+// Scale, cap and mask one row; leaves e in place of the scores, times the values' scales where these have any.
+template <int FORMAT> INLINE void softmax_row(const Split &s, int row, float &largest, float &total) {
   const AttendArgs &a = *s.args;
   const int own = a.first_position + row / a.heads_per_kv;
   const int low = lowest_seen(a, own) - s.base, high = own - s.base;
@@ -176,7 +203,7 @@ INLINE void softmax_row(const Split &s, int row, float &largest, float &total) {
   float *x = s.scores + row * kSplitPositions;
   VF score[kSplitPages], top = splat(kEmptyMax);
   for (int c = s.first_page; c < s.last_page; c++) {
-    VF v = mul(load16(x + 16 * c), splat(a.scale));
+    VF v = mul(load16(x + 16 * c), FORMAT == kQ8Kv ? load16(s.key_scale + 16 * c) : splat(a.scale));
     if (a.softcap > 0) v = softcap(v, splat(a.softcap));
     if (masked) {
       const VF at = add(load16(lanes), splat(float(16 * c)));
@@ -191,21 +218,21 @@ INLINE void softmax_row(const Split &s, int row, float &largest, float &total) {
   VF sum = splat(0);
   for (int c = s.first_page; c < s.last_page; c++) {
     const VF e = exp(sub(score[c], shift));
-    store16(x + 16 * c, e);
+    store16(x + 16 * c, FORMAT == kQ8Kv ? mul(e, load16(s.value_scale + 16 * c)) : e);
     sum = add(sum, e);
   }
   total = sum_lanes(sum);
 }
 
 // Softmax of all active rows, 16 at a time, and their weights in the merge with the running state.
-static void softmax_rows(const Split &s) {
+template <int FORMAT> static void softmax_rows(const Split &s) {
   const AttendArgs &a = *s.args;
   const int last = s.last_query * a.heads_per_kv;
   for (int row = s.first_query * a.heads_per_kv; row < last; row += 16) {
     const int count = last - row < 16 ? last - row : 16;
     alignas(64) float old_max[16] = {}, old_sum[16] = {}, new_max[16] = {}, new_sum[16] = {};
     for (int i = 0; i < count; i++) {
-      softmax_row(s, row + i, new_max[i], new_sum[i]);
+      softmax_row<FORMAT>(s, row + i, new_max[i], new_sum[i]);
       old_max[i] = a.stats[2 * (row + i)];
       old_sum[i] = a.stats[2 * (row + i) + 1];
     }
@@ -251,25 +278,41 @@ static bool prepare_split(const AttendArgs &a, int split, Split &s) {
   return true;
 }
 
-static void attend_split(const Split &s) {
+// The scales of a split's positions as floats, and a touch of the next split's.
+static void load_scales(const Split &s, float *key_scale, float *value_scale) {
+  const AttendArgs &a = *s.args;
+  const size_t at = scales_at(a.head_dim, a.value_dim);
+  for (int c = s.first_page; c < s.last_page; c++) {
+    const uint16_t *scales = (const uint16_t *)(s.page[c] + at);
+    prefetch(s.ahead[c] + at);
+    store16(key_scale + 16 * c, mul(load16_f16(scales), splat(a.scale)));
+    store16(value_scale + 16 * c, load16_f16(scales + kPagePositions));
+  }
+}
+
+template <int FORMAT> static void attend_split(Split &s) {
+  alignas(64) float key_scale[kSplitPositions], value_scale[kSplitPositions];
+  if (FORMAT == kQ8Kv) load_scales(s, key_scale, value_scale);
+  s.key_scale = key_scale;
+  s.value_scale = value_scale;
   const int heads = s.args->heads_per_kv, last = s.last_query * heads;
   const int first_row = s.first_query * heads;
   for (int row = first_row, rows; row < last; row += rows) {
     rows = even_share(last - row, kScoreRows);
     for (int p = s.first_page; p < s.last_page;) {
       const int first = p + kScorePages <= kSplitPages ? p : kSplitPages - kScorePages;
-      score_rows<kScoreRows>(rows, s, row, first, row == first_row);
+      score_rows<FORMAT, kScoreRows>(rows, s, row, first, row == first_row);
       p = first + kScorePages;
     }
   }
-  softmax_rows(s);
+  softmax_rows<FORMAT>(s);
   for (int row = first_row, rows; row < last; row += rows) {
     rows = even_share(last - row, kValueRows);
-    value_rows<kValueRows>(rows, s, row, row == first_row);
+    value_rows<FORMAT, kValueRows>(rows, s, row, row == first_row);
   }
 }
 
-static void attend(const AttendArgs &a) {
+template <int FORMAT> static void attend(const AttendArgs &a) {
   const int rows = a.num_queries * a.heads_per_kv;
   for (int row = 0; row < rows; row++) {
     memset(out_row(a, row), 0, size_t(a.value_dim) * sizeof(float));
@@ -281,7 +324,7 @@ static void attend(const AttendArgs &a) {
   s.keep = s.scores + rows * kSplitPositions;
   s.gain = s.keep + rows;
   for (int split = a.first_split; split < a.last_split; split++) {
-    if (prepare_split(a, split, s)) attend_split(s);
+    if (prepare_split(a, split, s)) attend_split<FORMAT>(s);
   }
 }
 
@@ -320,20 +363,71 @@ static void attend_merge(const float *parts, const float *stats, int splits, int
 
 // ---------------------------------------------------------------- cache
 
-static void kv_store(uint8_t *page, int slot, const float *k, const float *v, int head_dim, int value_dim) {
-  uint16_t *keys = (uint16_t *)page + slot;
-  for (int d = 0; d < head_dim; d += 16) {
+// NaN becomes `most`: min and max return their second operand where either is NaN.
+INLINE VF clamp(VF x, float most) { return max(min(x, splat(most)), splat(-most)); }
+
+constexpr float kMostHalf = 65504.f;
+
+static void store_key_f16(uint8_t *page, int slot, const KvPart &part) {
+  uint16_t *keys = (uint16_t *)page + part.dim * kPagePositions + slot;
+  for (int d = 0; d < part.count; d += 16) {
     uint16_t half[16];
-    store16_f16(half, load_left(k + d, head_dim - d));
-    for (int i = 0; i < 16 && d + i < head_dim; i++) keys[(d + i) * kPagePositions] = half[i];
+    store16_f16(half, clamp(load_left(part.x + d, part.count - d), kMostHalf));
+    for (int i = 0; i < 16 && d + i < part.count; i++) keys[(d + i) * kPagePositions] = half[i];
   }
-  uint16_t *values = (uint16_t *)page + kPagePositions * head_dim + slot * value_dim;
-  for (int d = 0; d < value_dim; d += 16) {
-    const int left = value_dim - d;
+}
+
+static void store_value_f16(uint8_t *page, int slot, const KvPart &part) {
+  uint16_t *values = (uint16_t *)page + kPagePositions * part.head_dim + slot * part.value_dim + part.dim;
+  for (int d = 0; d < part.count; d += 16) {
+    const int left = part.count - d;
+    const VF x = clamp(load_left(part.x + d, left), kMostHalf);
     if (left >= 16) {
-      store16_f16(values + d, load16(v + d));
+      store16_f16(values + d, x);
     } else {
-      store16_f16_n(values + d, load16_n(v + d, left), left);
+      store16_f16_n(values + d, x, left);
     }
+  }
+}
+
+constexpr float kMostCode = 127.f;
+
+// The scale of one vector, as it is read back from `half`.
+static float q8_scale(const float *x, int n, uint16_t *half) {
+  VF top = splat(0);
+  for (int d = 0; d < n; d += 16) {
+    top = max(top, abs(clamp(load_left(x + d, n - d), kMostCode * kMostHalf)));
+  }
+  *half = float_to_half(max_lanes(top) / kMostCode);
+  return half_to_float(*half);
+}
+
+// Sixteen codes. A scale below the normal halves is coarse, so that codes have to be clamped.
+INLINE void q8_codes(const float *x, int left, float scale, int8_t *codes) {
+  const VF exact = clamp(load_left(x, left), kMostCode * kMostHalf);
+  const VF ratio = scale > 0 ? div(exact, splat(scale)) : splat(0);
+  const VFI code = to_int(clamp(ratio, kMostCode));
+  for (int i = 0; i < kParts; i++) store_bytes(codes + kG * i, code.part[i]);
+}
+
+static void store_key_q8(uint8_t *page, int slot, const KvPart &part) {
+  uint16_t *scales = (uint16_t *)(page + scales_at(part.head_dim, part.value_dim));
+  const float scale = q8_scale(part.x, part.count, scales + slot);
+  int8_t *keys = (int8_t *)page + slot;
+  for (int d = 0; d < part.count; d += 16) {
+    int8_t codes[16];
+    q8_codes(part.x + d, part.count - d, scale, codes);
+    for (int i = 0; i < 16 && d + i < part.count; i++) keys[(d + i) * kPagePositions] = codes[i];
+  }
+}
+
+static void store_value_q8(uint8_t *page, int slot, const KvPart &part) {
+  uint16_t *scales = (uint16_t *)(page + scales_at(part.head_dim, part.value_dim)) + kPagePositions;
+  const float scale = q8_scale(part.x, part.count, scales + slot);
+  int8_t *values = (int8_t *)page + kPagePositions * part.head_dim + slot * part.value_dim;
+  for (int d = 0; d < part.count; d += 16) {
+    int8_t codes[16];
+    q8_codes(part.x + d, part.count - d, scale, codes);
+    memcpy(values + d, codes, size_t(part.count - d < 16 ? part.count - d : 16));
   }
 }

@@ -38,6 +38,16 @@ std::unique_ptr<Executor> make_executor(const std::string &isa, int threads, int
   return std::make_unique<Executor>(*table, threads, max_tokens, max_rows, max_context);
 }
 
+// Indexed by KvFormat; backends/base.KV_FORMATS.
+constexpr const char *kKvFormats[] = {"f16", "q8"};
+
+int add_group(Executor &e, const std::string &format, int layers, int heads, int head_dim, int value_dim,
+              int64_t num_blocks) {
+  for (int i = 0; i < kKvFormatCount; i++)
+    if (format == kKvFormats[i]) return e.add_group(i, layers, heads, head_dim, value_dim, num_blocks);
+  throw std::invalid_argument("unknown format of the KV cache; known: f16, q8");
+}
+
 void fill_weight(Executor &e, int weight, Matrix<const uint8_t> rows, int64_t num_rows, int64_t first_group,
                  int64_t step) {
   const Weight &w = e.weight(weight);
@@ -121,6 +131,8 @@ int add_qkv(Executor &e, int weight, int x, int norm, float norm_offset, float n
   p.chunk_groups = chunk_groups;
   const int64_t rows = chunk_groups * e.table().group_rows;
   require(head_dim % rows == 0 && value_dim % rows == 0, "qkv: chunks must divide heads");
+  require(e.group(group).format != kQ8Kv || (rows == head_dim && rows == value_dim),
+          "qkv: a q8 cache takes whole heads");
   return e.add_phase(std::move(p));
 }
 
@@ -369,7 +381,7 @@ NB_MODULE(_native, m) {
                               start, interleaved);
           },
           "cosine"_a, "sine"_a, "start"_a, "interleaved"_a)
-      .def("add_group", &Executor::add_group, "layers"_a, "heads"_a, "head_dim"_a, "value_dim"_a,
+      .def("add_group", &add_group, "format"_a, "layers"_a, "heads"_a, "head_dim"_a, "value_dim"_a,
            "num_blocks"_a)
       .def("add_embed", &add_embed, "weight"_a, "head"_a, "out"_a, "scale"_a)
       .def("add_linear", &add_linear, "weight"_a, "x"_a, "outs"_a, "chunk_groups"_a, "epilogue"_a,

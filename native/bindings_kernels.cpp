@@ -247,22 +247,32 @@ void unpack_row(const Kernels &k, int layout, Bytes w, int64_t row, int64_t cols
 
 // ---------------------------------------------------------------- attention
 
-void kv_store(const Kernels &k, Vec<uint8_t> page, int slot, Floats key, Floats value) {
-  need(slot >= 0 && slot < kPagePositions && page.size() == page_bytes(int(len(key)), int(len(value))),
+int checked_kv_format(int format) {
+  need(format >= 0 && format < kKvFormatCount, "unknown KV format");
+  return format;
+}
+
+void kv_store(const Kernels &k, Vec<uint8_t> page, int slot, Floats key, Floats value, int format) {
+  const int head_dim = int(len(key)), value_dim = int(len(value));
+  need(slot >= 0 && slot < kPagePositions &&
+           page.size() == page_bytes(checked_kv_format(format), head_dim, value_dim),
        "kv_store: page does not fit");
-  k.table->kv_store(page.data(), slot, key.data(), value.data(), int(len(key)), int(len(value)));
+  k.table->store_key[format](page.data(), slot, {key.data(), 0, head_dim, head_dim, value_dim});
+  k.table->store_value[format](page.data(), slot, {value.data(), 0, value_dim, head_dim, value_dim});
 }
 
 // q [queries][heads][head_dim], out [queries][heads][value_dim], stats [queries][heads][2],
 // pages [blocks][page bytes].
 void attend(const Kernels &k, Floats q, int num_queries, int heads, int head_dim, int value_dim,
             int first_position, int window, int first_split, int last_split, Mat<const uint8_t> pages,
-            Vec<const int32_t> table, float scale, float softcap, Out out, Out stats, int repeats) {
+            Vec<const int32_t> table, float scale, float softcap, Out out, Out stats, int format,
+            int repeats) {
   const int64_t rows = int64_t(num_queries) * heads;
   need(num_queries >= 1 && num_queries <= kMaxQueryBlock && len(q) == rows * head_dim &&
            len(out) == rows * value_dim && len(stats) == rows * 2,
        "attend: arrays do not fit");
-  need(pages.shape(1) == page_bytes(head_dim, value_dim), "attend: pages do not fit");
+  need(pages.shape(1) == page_bytes(checked_kv_format(format), head_dim, value_dim),
+       "attend: pages do not fit");
   const int last = first_position + num_queries - 1;
   need(first_position >= 0 && last / kPagePositions < len(table), "attend: block table too short");
   Scratch scratch(attend_scratch_floats(heads, value_dim) * sizeof(float));
@@ -287,7 +297,7 @@ void attend(const Kernels &k, Floats q, int num_queries, int heads, int head_dim
                         (float *)scratch.p};
   nb::gil_scoped_release release;
   for (int i = 0; i < repeats; i++) {
-    k.table->attend(args);
+    k.table->attend[format](args);
   }
 }
 
@@ -372,10 +382,10 @@ void bind_elementwise(nb::class_<Kernels> &c) {
 }
 
 void bind_attention_and_head(nb::class_<Kernels> &c) {
-  c.def("kv_store", &kv_store, "page"_a, "slot"_a, "key"_a, "value"_a)
+  c.def("kv_store", &kv_store, "page"_a, "slot"_a, "key"_a, "value"_a, "format"_a = 0)
       .def("attend", &attend, "q"_a, "num_queries"_a, "heads"_a, "head_dim"_a, "value_dim"_a,
            "first_position"_a, "window"_a, "first_split"_a, "last_split"_a, "pages"_a, "table"_a, "scale"_a,
-           "softcap"_a, "out"_a, "stats"_a, "repeats"_a = 1)
+           "softcap"_a, "out"_a, "stats"_a, "format"_a = 0, "repeats"_a = 1)
       .def("attend_merge", &attend_merge, "parts"_a, "stats"_a, "splits"_a, "heads"_a, "value_dim"_a,
            "sinks"_a.none(), "y"_a)
       .def("head_low", &head_low, "high"_a, "low"_a, "cols"_a, "rows"_a.none(), "first_row"_a, "q"_a,

@@ -182,14 +182,15 @@ int Executor::add_rope(const float *cosine, const float *sine, int64_t positions
   return int(ropes_.size()) - 1;
 }
 
-int Executor::add_group(int layers, int heads, int head_dim, int value_dim, int64_t num_blocks) {
+int Executor::add_group(int format, int layers, int heads, int head_dim, int value_dim, int64_t num_blocks) {
   auto group = std::make_unique<KvGroup>();
+  group->format = format;
   group->num_layers = layers;
   group->num_heads = heads;
   group->head_dim = head_dim;
   group->value_dim = value_dim;
   group->num_blocks = num_blocks;
-  group->page = page_bytes(head_dim, value_dim);
+  group->page = page_bytes(format, head_dim, value_dim);
   group->block_stride = size_t(layers) * size_t(heads) * group->page;
   if (group->block_stride == 0 || num_blocks < 0 ||
       size_t(num_blocks) > (SIZE_MAX >> 1) / group->block_stride)

@@ -41,6 +41,7 @@ struct RopeTable {
 
 // Pages of one cache group: [block][layer][kv head][page].
 struct KvGroup {
+  int format = kF16Kv;
   int num_layers = 0, num_heads = 0, head_dim = 0, value_dim = 0;
   int64_t num_blocks = 0;
   size_t page = 0, block_stride = 0;
@@ -173,7 +174,7 @@ public:
   int add_buffer(int64_t width, bool per_logit_row);
   int add_rope(const float *cosine, const float *sine, int64_t positions, int rotary_dim, int start,
                bool interleaved);
-  int add_group(int layers, int heads, int head_dim, int value_dim, int64_t num_blocks);
+  int add_group(int format, int layers, int heads, int head_dim, int value_dim, int64_t num_blocks);
   int add_phase(Phase phase);
   void finish(int64_t vocab);
 

@@ -75,16 +75,31 @@ struct ActBatch {
 
 // ---------------------------------------------------------------- KV pages
 
-// A page holds 16 positions of one layer and kv head: keys [head_dim][16] fp16, then values
-// [16][value_dim] fp16. (Transposed keys: the scores of 16 positions form in lanes.)
+// A page holds 16 positions of one layer and kv head: keys [head_dim][16], then values [16][value_dim].
+// (Transposed keys: the scores of 16 positions form in lanes.)
+//   kF16Kv  fp16 elements
+//   kQ8Kv   int8 codes, and behind the values 16 fp16 scales of the keys and 16 of the values, one per
+//           position: scale = fp16(max |x| / 127); code = x / scale, rounded half to even, |code| <= 127;
+//           0 where the scale is 0.
+// What is stored is finite: larger numbers, and NaN, become the largest of the format. A masked position then
+// adds exactly nothing, so that no query depends on which later ones share its chunk.
+enum KvFormat : int32_t { kF16Kv = 0, kQ8Kv, kKvFormatCount };
 constexpr int kPagePositions = 16;
 // Attention is cut into splits of 64 positions aligned to position 0. Each split has its own softmax;
 // splits are merged in ascending order by one recurrence, so neither threads, chunks nor batch matter.
 constexpr int kSplitPositions = 64;
 
-static inline size_t page_bytes(int head_dim, int value_dim) {
-  return size_t(kPagePositions) * size_t(head_dim + value_dim) * 2;
+static inline size_t page_bytes(int format, int head_dim, int value_dim) {
+  const size_t dims = size_t(head_dim) + size_t(value_dim);
+  return size_t(kPagePositions) * (format == kF16Kv ? 2 * dims : dims + 4);
 }
+
+// Part of one position's key or value: dimensions [dim, dim + count). kQ8Kv takes whole vectors only.
+struct KvPart {
+  const float *x;
+  int32_t dim, count;
+  int32_t head_dim, value_dim; // of the page
+};
 
 // Attention of `num_queries` consecutive tokens of one sequence over one kv head, splits
 // [first_split, last_split) only. Query i stands at first_position + i and sees positions
@@ -179,9 +194,10 @@ struct KernelTable {
   void (*unpack_row)(int layout, const uint8_t *w, int64_t row, int64_t cols, float *out);
   void (*unpack_head_row)(const HeadPlanes &h, int64_t row, float *out);
 
-  // Store one position's key and value of one kv head (rounded to fp16) at `slot` (0..15) of a page.
-  void (*kv_store)(uint8_t *page, int slot, const float *k, const float *v, int head_dim, int value_dim);
-  void (*attend)(const AttendArgs &args);
+  // Store (a part of) one position's key or value of one kv head at `slot` (0..15) of a page.
+  void (*store_key[kKvFormatCount])(uint8_t *page, int slot, const KvPart &part);
+  void (*store_value[kKvFormatCount])(uint8_t *page, int slot, const KvPart &part);
+  void (*attend[kKvFormatCount])(const AttendArgs &args);
   // Merge `splits` partial states in order by attend's recurrence and normalise:
   // partial s, head j: out at parts + (s * heads + j) * value_dim, (max, sum) at
   // stats + (s * heads + j) * 2. sinks: null or one extra logit per head. y [heads * value_dim].

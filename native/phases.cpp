@@ -157,16 +157,12 @@ uint8_t *Executor::page_of(const Phase &p, int token, int head) const {
   return g.head_pages(p.layer, head) + size_t(block) * g.block_stride;
 }
 
-// Write dims [dim, dim + dims) of one head's key or value. A page is keys [dim][16] then values [16][dim],
-// so a part of a head is the same store at a shifted address.
+// Write dims [dim, dim + dims) of one head's key or value.
 void Executor::store_kv(const Phase &p, int token, int head, int dim, int dims, const float *y, bool key) {
-  uint8_t *page = page_of(p, token, head);
-  const int slot = args_->positions[token] % kPagePositions;
-  if (key)
-    k_.kv_store(page + size_t(dim) * kPagePositions * 2, slot, y, nullptr, dims, 0);
-  else
-    k_.kv_store(page + (size_t(kPagePositions) * p.head_dim + size_t(slot) * p.value_dim + size_t(dim)) * 2,
-                0, nullptr, y, 0, dims);
+  const int format = groups_[size_t(p.group)]->format;
+  const auto store = key ? k_.store_key[format] : k_.store_value[format];
+  store(page_of(p, token, head), args_->positions[token] % kPagePositions,
+        {y, dim, dims, p.head_dim, p.value_dim});
 }
 
 // Rows are the heads of q, then k, then v; a chunk lies inside one head (whole heads where the norm or the
@@ -308,7 +304,7 @@ void Executor::attend_unit(int thread, const Phase &p, const Unit &u, int head) 
       a.last_split = split + 1;
       a.out = parts_ + at * p.value_dim;
       a.stats = part_stats_ + at * 2;
-      k_.attend(a);
+      k_.attend[g.format](a);
     }
     return;
   }
@@ -318,7 +314,7 @@ void Executor::attend_unit(int thread, const Phase &p, const Unit &u, int head) 
   a.last_split = u.last_split;
   a.out = s.attend_out;
   a.stats = s.attend_stats;
-  k_.attend(a);
+  k_.attend[g.format](a);
   for (int i = 0; i < u.num_queries; i++)
     k_.attend_merge(a.out + i * a.out_stride, a.stats + int64_t(i) * per_kv * 2, 1, per_kv, p.value_dim,
                     p.sinks ? p.sinks + first_query_head : nullptr,
@@ -358,9 +354,10 @@ void Executor::elementwise_token(const Phase &p, int token) {
     break;
   }
   case PhaseKind::kKvAppend:
-    for (int head = 0; head < p.num_kv_heads; head++)
-      k_.kv_store(page_of(p, token, head), args_->positions[token] % kPagePositions, x + head * p.head_dim,
-                  y + head * p.value_dim, p.head_dim, p.value_dim);
+    for (int head = 0; head < p.num_kv_heads; head++) {
+      store_kv(p, token, head, 0, p.head_dim, x + head * p.head_dim, true);
+      store_kv(p, token, head, 0, p.value_dim, y + head * p.value_dim, false);
+    }
     break;
   case PhaseKind::kGlu: k_.glu(p.act, x, y, p.x.width, out); break;
   case PhaseKind::kActivation: k_.activation(p.act, x, p.x.width, out); break;

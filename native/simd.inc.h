@@ -103,6 +103,16 @@ INLINE VF load16_f16_n(const uint16_t *p, int n) {
   for (int i = 0; i < kParts; i++) r.part[i] = load_f16_n(p + kG * i, part_lanes(n, i));
   return r;
 }
+INLINE VF load16_i8(const int8_t *p) {
+  VF r;
+  for (int i = 0; i < kParts; i++) r.part[i] = load_i8(p + kG * i);
+  return r;
+}
+INLINE VF load16_i8_n(const int8_t *p, int n) {
+  int8_t bytes[16] = {};
+  memcpy(bytes, p, size_t(n));
+  return load16_i8(bytes);
+}
 INLINE void store16_f16_n(uint16_t *p, VF v, int n) {
   for (int i = 0; i < kParts; i++) store_f16_n(p + kG * i, v.part[i], part_lanes(n, i));
 }

@@ -78,6 +78,9 @@ INLINE void store_f16_n(void *p, V v, int n) {
   store_f16(half, v);
   memcpy(p, half, 2 * size_t(n));
 }
+INLINE V load_i8(const void *p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
 INLINE void store_bytes(int8_t *p, VI v) { // 8 lanes, saturated to 8 bits
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));

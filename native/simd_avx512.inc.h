@@ -68,6 +68,9 @@ INLINE void store_f16(void *p, V v) { _mm256_storeu_si256((__m256i *)p, _mm512_c
 INLINE void store_f16_n(void *p, V v, int n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(v, 0));
 }
+INLINE V load_i8(const void *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 INLINE void store_bytes(int8_t *p, VI v) { // 16 lanes, saturated to 8 bits
   _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(v));
 }

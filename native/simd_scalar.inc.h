@@ -101,6 +101,13 @@ INLINE void store_f16_n(void *p, V v, int n) {
   memcpy(p, h, 2 * size_t(n));
 }
 INLINE void store_f16(void *p, V v) { store_f16_n(p, v, kG); }
+INLINE V load_i8(const void *p) {
+  int8_t b[kG];
+  memcpy(b, p, sizeof b);
+  V v;
+  for (int i = 0; i < kG; i++) v[i] = float(b[i]);
+  return v;
+}
 INLINE void store_bytes(int8_t *p, VI v) {
   for (int i = 0; i < kG; i++) p[i] = int8_t(v[i]);
 }

@@ -65,12 +65,17 @@ def test_elementwise_bits_agree_between_avx2_and_avx512() -> None:
 
 
 @wide_pair
-def test_attention_bits_agree_between_avx2_and_avx512() -> None:
+@pytest.mark.parametrize("kv_format", [0, 1])
+def test_attention_bits_agree_between_avx2_and_avx512(kv_format: int) -> None:
     rng = np.random.default_rng(4)
     heads, dim, length = 3, 64, 100
-    pages = np.zeros((7, 16 * 2 * dim * 2), np.uint8)
+    pages = np.zeros((7, 16 * 2 * (2 * dim if kv_format == 0 else dim + 2)), np.uint8)
     for p in range(length):
-        KERNELS["avx2"].kv_store(pages[p // 16], p % 16, *rng.normal(size=(2, dim)).astype(np.float32))
+        key, value = rng.normal(size=(2, dim)).astype(np.float32)
+        other = pages[p // 16].copy()
+        KERNELS["avx2"].kv_store(pages[p // 16], p % 16, key, value, kv_format)
+        KERNELS["avx512"].kv_store(other, p % 16, key, value, kv_format)
+        assert same_bits(pages[p // 16], other)
     q = rng.normal(size=5 * heads * dim).astype(np.float32)
     results = []
     for isa in ("avx2", "avx512"):
@@ -91,6 +96,7 @@ def test_attention_bits_agree_between_avx2_and_avx512() -> None:
             0.0,
             out,
             stats,
+            kv_format,
         )
         results.append((out, stats))
     assert all(same_bits(one, other) for one, other in zip(*results, strict=True))

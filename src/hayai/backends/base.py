@@ -6,7 +6,7 @@ executes one step per call. All arrays are numpy, C-contiguous. T tokens, S sequ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,13 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hayai.formats import QuantTensor
-from hayai.plan.plan import Plan, WeightSlot
+from hayai.plan.plan import CacheGroup, Plan, WeightSlot
 
 BLOCK_SIZE = 16
 """Positions per KV block, for every backend."""
 
 KV_FORMATS = ("f16", "q8")
-"""q8: signed bytes with one fp16 scale per token and head, max |x| / 127, rounded half to even."""
+"""q8: signed bytes with one fp16 scale per token and head, max |x| / 127, rounded half to even.
+
+What is stored is finite: numbers beyond a format, and NaN, become its largest (65504; q8: 127 times that)."""
+
+
+def kv_bytes_per_token(groups: Iterable[CacheGroup], kv_format: str = "f16") -> int:
+    """Bytes of one token's keys and values in these cache groups, of kinds full and window."""
+    element, scales = {"f16": (2, 0), "q8": (1, 4)}[kv_format]
+    return sum(
+        group.num_layers * group.num_heads * (element * (group.key_dim + group.value_dim) + scales)
+        for group in groups
+    )
 
 
 @dataclass(frozen=True)

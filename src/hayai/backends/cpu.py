@@ -10,7 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 import hayai._native as _native
-from hayai.backends.base import BLOCK_SIZE, Limits, SamplingRow, StepInput, StepOutput, WeightSource
+from hayai.backends.base import (
+    BLOCK_SIZE,
+    KV_FORMATS,
+    Limits,
+    SamplingRow,
+    StepInput,
+    StepOutput,
+    WeightSource,
+    kv_bytes_per_token,
+)
 from hayai.backends.cpu_build import ProgramBuilder, Report
 from hayai.errors import ConfigError, PlanError
 from hayai.plan.plan import Plan, WeightSlot
@@ -65,6 +74,10 @@ class CpuBackend:
         """Pack the weights of plan 'main' and lower it. PlanError names an op that the backend lacks."""
         if "main" not in plans:
             raise PlanError(f"plans {sorted(plans)} hold no 'main'")
+        if limits.kv_format not in KV_FORMATS:
+            raise PlanError(
+                f"the cpu backend has the KV formats {', '.join(KV_FORMATS)}: {limits.kv_format!r}"
+            )
         try:
             executor = _native.Executor(
                 self.isa, self.threads, limits.max_tokens, limits.max_rows, limits.max_context
@@ -81,7 +94,7 @@ class CpuBackend:
         except MemoryError as error:
             raise ConfigError(
                 f"no memory for up to {most / 1e9:.1f} GB of weights and a cache of "
-                f"{_kv_bytes(plan) * BLOCK_SIZE * limits.num_blocks / 1e9:.1f} GB ({limits}): {error}"
+                f"{_kv_bytes(plan, limits) * BLOCK_SIZE * limits.num_blocks / 1e9:.1f} GB ({limits}): {error}"
             ) from None
         return CpuRunner(executor, plan, limits, builder.report, self.threads)
 
@@ -96,12 +109,9 @@ def _most_bytes(slot: WeightSlot) -> int:
     return (rows + 16) * (slot.shape[-1] + 32) * 4 + 4096
 
 
-def _kv_bytes(plan: Plan) -> int:
+def _kv_bytes(plan: Plan, limits: Limits) -> int:
     """Bytes of one token's keys and values in all cache groups."""
-    return sum(
-        2 * group.num_layers * group.num_heads * (group.key_dim + group.value_dim)
-        for group in plan.groups.values()
-    )
+    return kv_bytes_per_token(plan.groups.values(), limits.kv_format)
 
 
 class CpuRunner:
@@ -222,7 +232,7 @@ class CpuRunner:
             width = self._plan.buffers["rows"].shape[-1]
             assert isinstance(width, int)
             head = self._vocab * (width // 32 + 1) * 18
-        kv = _kv_bytes(self._plan)
+        kv = _kv_bytes(self._plan, self._limits)
         return {
             "backend": "cpu",
             "isa": self._executor.isa,
@@ -231,7 +241,7 @@ class CpuRunner:
             "step_bytes": report.matrix_bytes + head,
             "full_head_step_bytes": report.matrix_bytes + report.head_bytes,
             "kv_bytes_per_token": kv,
-            "kv_format": "f16",
+            "kv_format": self._limits.kv_format,
             "kv_memory_bytes": kv * BLOCK_SIZE * self._limits.num_blocks,
             "activations": "int8 per 32, fp32 accumulation",
             "head": "screened (exact)" if report.screened else "full",

@@ -209,8 +209,9 @@ class ProgramBuilder:
     def build(self) -> None:
         for group in self.plan.groups.values():
             self.executor.add_group(
-                group.num_layers, group.num_heads, group.key_dim, group.value_dim, self.limits.num_blocks
-            )
+                self.limits.kv_format, group.num_layers, group.num_heads, group.key_dim, group.value_dim,
+                self.limits.num_blocks,
+            )  # fmt: skip
         phases = match.match_plan(self.plan)
         for i, phase in enumerate(phases):
             following = phases[i + 1] if i + 1 < len(phases) else None
@@ -276,8 +277,11 @@ class ProgramBuilder:
         group = self.plan.groups[append.group]
         dim, value_dim, rope = group.key_dim, group.value_dim, phase.q_rope
         whole_heads = phase.q_norm is not None or phase.k_norm is not None or (rope and not rope.interleaved)
-        rows = dim if whole_heads else BLOCK
+        one_scale = self.limits.kv_format == "q8"  # per head: its vector must be known as a whole
+        rows = dim if whole_heads or one_scale else BLOCK
         fits = rows % self.group_rows == 0 and dim % rows == 0 and value_dim % rows == 0
+        if one_scale and value_dim != dim:
+            fits = False
         if rope is not None and rope.head_dim != dim:
             fits = False
         if not (fits and self._groups_well(linear)):

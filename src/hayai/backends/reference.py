@@ -1,9 +1,10 @@
 """The reference backend: every op in numpy float32, plainly. The oracle of all other backends.
 
-Weights are dequantised to float32. Keys and values of full and window groups are stored as float16 and read
-back as stored, as the CPU backend does (`kv_dtype` 'f32' for comparisons with other programs); latent and
-index caches and states are float32. `quantize_activations` rounds the inputs of integer-format matrices to
-int8 per 32 values, as the native kernels do, so that these can be compared closely.
+Weights are dequantised to float32. Keys and values of full and window groups are stored as Limits.kv_format
+says and read back as stored, as the CPU backend does (`kv_dtype` 'f32' in place of 'f16' for comparisons with
+other programs); latent and index caches and states are float32. `quantize_activations` rounds the inputs of
+integer-format matrices to int8 per 32 values, as the native kernels do, so that these can be compared
+closely.
 
 The matrix products are the BLAS library's, whose sums may differ in the last bits with the number of rows:
 results here agree over chunking and batching to rounding, not to the bit.
@@ -19,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hayai.backends.base import BLOCK_SIZE, Limits, StepInput, StepOutput, WeightSource
-from hayai.backends.reference_cache import Cache, PagedCache, StateCache
+from hayai.backends.base import BLOCK_SIZE, KV_FORMATS, Limits, StepInput, StepOutput, WeightSource
+from hayai.backends.reference_cache import ByteCache, Cache, PagedCache, StateCache
 from hayai.backends.reference_context import StepContext, Weights
 from hayai.backends.reference_ops import run_lockstep
 from hayai.errors import ConfigError, PlanError
@@ -43,6 +44,10 @@ class ReferenceBackend:
     def compile(self, plans: Mapping[str, Plan], weights: WeightSource, limits: Limits) -> ReferenceRunner:
         if self.kv_dtype not in KV_DTYPES:
             raise ConfigError(f"kv_dtype must be {' or '.join(KV_DTYPES)}: {self.kv_dtype!r}")
+        if limits.kv_format not in KV_FORMATS:
+            raise PlanError(
+                f"the reference backend has the KV formats {', '.join(KV_FORMATS)}: {limits.kv_format!r}"
+            )
         for plan in plans.values():
             validate(plan)
         return ReferenceRunner(
@@ -78,8 +83,11 @@ class ReferenceRunner:
     def _cache(self, group: CacheGroup) -> Cache:
         if group.kind == "state":
             return StateCache(group)
-        stored = self._kv_dtype if group.kind in ("full", "window") else "f32"
-        return PagedCache(group, self._limits.num_blocks, KV_DTYPES[stored])
+        if group.kind not in ("full", "window"):
+            return PagedCache(group, self._limits.num_blocks, np.float32)
+        if self._limits.kv_format == "q8":
+            return ByteCache(group, self._limits.num_blocks)
+        return PagedCache(group, self._limits.num_blocks, KV_DTYPES[self._kv_dtype])
 
     @property
     def vocab_size(self) -> int:
@@ -134,7 +142,7 @@ class ReferenceRunner:
         return {
             "backend": "reference",
             "kernels": "numpy float32",
-            "kv_dtype": self._kv_dtype,
+            "kv_format": "q8" if self._limits.kv_format == "q8" else self._kv_dtype,
             "quantize_activations": int(self._quantize),
             "plans": ", ".join(self._plans),
             "ops": sum(len(plan.ops) for plan in self._plans.values()),
