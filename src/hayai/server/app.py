@@ -21,7 +21,7 @@ import hayai
 from hayai.config import ServerConfig
 from hayai.errors import RequestError
 from hayai.frontend import EngineError, Frontend
-from hayai.server import openai_routes
+from hayai.server import anthropic_routes, azure, openai_routes
 from hayai.server.access import Access
 from hayai.server.context import ServerContext
 from hayai.server.errors import ApiError, answer_error, answer_http_error
@@ -31,7 +31,11 @@ from hayai.server.openai_routes import json_response
 from hayai.server.reply import token_bytes_of
 from hayai.server.schema import describe_api
 
-SURFACES: tuple[Callable[[ServerContext], list[BaseRoute]], ...] = (openai_routes.routes,)
+SURFACES: tuple[Callable[[ServerContext], list[BaseRoute]], ...] = (
+    openai_routes.routes,
+    anthropic_routes.routes,
+    azure.routes,
+)
 """Everything that is served, one entry per wire format."""
 
 

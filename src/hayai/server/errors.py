@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -32,7 +33,14 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-_ANTHROPIC_PATHS = ("/v1/messages", "/v1/complete")
+_STATUSES: Mapping[Dialect, Mapping[int, int]] = {"openai": {}, "anthropic": {503: 529}}
+"""Statuses that a dialect has its own for."""
+ID_HEADERS: Mapping[Dialect, tuple[str, ...]] = {
+    "openai": ("x-request-id",),
+    "anthropic": ("request-id", "x-request-id"),
+}
+"""Where a dialect's clients look for a request's id."""
+_ANTHROPIC_PATHS = ("/v1/messages",)
 
 
 class ApiError(Exception):
@@ -57,30 +65,37 @@ class ApiError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self, dialect: Dialect = "openai") -> bytes:
+    def body(self, dialect: Dialect = "openai", request_id: str | None = None) -> bytes:
         """The JSON body as clients of that dialect read it."""
-        return orjson.dumps(_SHAPES[dialect](self))
+        return orjson.dumps(_SHAPES[dialect](self, request_id))
 
     def response(self, dialect: Dialect = "openai") -> Response:
-        return Response(self.body(dialect), self.status, self.headers, "application/json")
+        """The whole answer, with an id that client and log can speak of."""
+        request_id = "req_" + uuid.uuid4().hex
+        status = _STATUSES[dialect].get(self.status, self.status)
+        headers = dict.fromkeys(ID_HEADERS[dialect], request_id) | self.headers
+        return Response(self.body(dialect, request_id), status, headers, "application/json")
 
 
-def _openai(error: ApiError) -> dict[str, Any]:
+def _openai(error: ApiError, request_id: str | None) -> dict[str, Any]:
     """{"error": {"message", "type", "param", "code"}}"""
     default = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = _OPENAI_TYPES.get(error.status, default)
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
-def _anthropic(error: ApiError) -> dict[str, Any]:
-    """{"type": "error", "error": {"type", "message"}}; our param and code beside them, as extensions."""
+def _anthropic(error: ApiError, request_id: str | None) -> dict[str, Any]:
+    """{"type": "error", "error": {"type", "message"}, "request_id"}; param and code are extensions."""
     default = "api_error" if error.status >= 500 else "invalid_request_error"
     kind = _ANTHROPIC_TYPES.get(error.status, default)
     inner = {"type": kind, "message": error.message, "param": error.param, "code": error.code}
-    return {"type": "error", "error": inner}
+    return {"type": "error", "error": inner, "request_id": request_id}
 
 
-_SHAPES: Mapping[Dialect, Callable[[ApiError], dict[str, Any]]] = {"openai": _openai, "anthropic": _anthropic}
+_SHAPES: Mapping[Dialect, Callable[[ApiError, str | None], dict[str, Any]]] = {
+    "openai": _openai,
+    "anthropic": _anthropic,
+}
 
 
 def dialect_of(request: Request) -> Dialect:

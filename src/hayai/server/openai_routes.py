@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from hayai.server.anthropic_models import VERSION_HEADER, anthropic_model, anthropic_model_list
 from hayai.server.context import ServerContext
 from hayai.server.handle import handle
 from hayai.server.openai import ChatRequest, CompletionRequest, parse_chat, parse_completion
@@ -43,6 +44,8 @@ class _OpenAI:
     async def models(self, request: Request) -> Response:
         """The model that is served, and the names it is known by."""
         principal = self.context.access.authenticate(request.headers)
+        if VERSION_HEADER in request.headers:
+            return json_response(anthropic_model_list(self.context, principal, request.query_params))
         cards = [model_card(self.context, name) for name in self.context.model_names(principal)]
         return json_response({"object": "list", "data": cards})
 
@@ -51,7 +54,8 @@ class _OpenAI:
         principal = self.context.access.authenticate(request.headers)
         name = request.path_params["model_id"]
         self.context.resolve_model(name, principal, None)
-        return json_response(model_card(self.context, self.context.shown_name(name)))
+        card = anthropic_model if VERSION_HEADER in request.headers else model_card
+        return json_response(card(self.context, self.context.shown_name(name)))
 
 
 def model_card(context: ServerContext, name: str) -> dict[str, Any]:
