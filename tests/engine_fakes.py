@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hayai.backends.base import BLOCK_SIZE, Limits, StepInput, StepOutput
 from hayai.engine.engine import Engine
+from hayai.engine.pacing import Pacer
 from hayai.engine.request import EngineRequest, SamplingParams, TokenEvent
 from hayai.plan.plan import CacheGroup
 
@@ -24,6 +27,17 @@ WINDOW = CacheGroup("local", "window", 2, 1, 8, 8, window=20)
 STATE = CacheGroup("state", "state", 1, 1, 8, 8, can_rollback=False)
 
 Reply = Callable[[list[int]], int]
+
+
+def first_allowed(mask: NDArray[np.uint32], token: int) -> int:
+    """The token, or the lowest one that the mask allows where it does not allow this one."""
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    return token if token in allowed else int(allowed[0])
+
+
+def logprob_of(past: list[int], token: int) -> float:
+    """A log-probability that depends on the whole past and the token; exact in float32."""
+    return -float(hashed([*past, token])) / 64
 
 
 def hashed(past: list[int]) -> int:
@@ -65,8 +79,16 @@ class FakeRunner:
             past = self._write_and_read(step, s, tokens, positions)
             for row in rows:
                 pasts[row] = past[: int(step.positions[row]) + 1]
-        tokens = [self.reply(pasts[row]) for row in step.logit_rows.tolist()]
+        rows = step.logit_rows.tolist()
+        tokens = [self.reply(pasts[row]) for row in rows]
+        for r, mask in enumerate(step.masks):
+            if mask is not None:
+                tokens[r] = first_allowed(mask, tokens[r])
         logprobs = [-1.0 if r.num_logprobs >= 0 else np.nan for r in step.sampling]
+        if step.targets is not None:
+            for r, target in enumerate(step.targets.tolist()):
+                if target >= 0:
+                    logprobs[r] = logprob_of(pasts[rows[r]], target)
         return StepOutput(
             np.array(tokens, np.int32),
             np.array(logprobs, np.float32),
@@ -123,17 +145,26 @@ def make_engine(
     max_context: int = 256,
     end_ids: tuple[int, ...] = (2,),
     seed: int | None = 7,
+    max_rows: int | None = None,
+    prefix_cache: bool = True,
+    pacer: Pacer | None = None,
 ) -> tuple[Engine, FakeRunner]:
     """An engine on a fake runner; groups default to one full group."""
     table = {group.name: group for group in groups or (FULL,)}
     runner = FakeRunner(table, num_blocks, reply)
-    limits = Limits(max_tokens, max_sequences, max_sequences, num_blocks, max_context)
-    return Engine(runner, limits, table, end_ids=end_ids, seed=seed), runner
+    limits = Limits(max_tokens, max_sequences, max_rows or max_sequences, num_blocks, max_context)
+    engine = Engine(runner, limits, table, end_ids=end_ids, seed=seed, prefix_cache=prefix_cache, pacer=pacer)
+    return engine, runner
 
 
-def request(name: str, prompt: list[int] | tuple[int, ...], **params: object) -> EngineRequest:
-    """A greedy request unless `params` say otherwise."""
-    return EngineRequest(name, tuple(prompt), SamplingParams(**({"temperature": 0.0} | params)))
+REQUEST_FIELDS = frozenset(field.name for field in fields(EngineRequest))
+
+
+def request(name: str, prompt: list[int] | tuple[int, ...], **options: Any) -> EngineRequest:
+    """A greedy request unless `options` (fields of the request or of its sampling) say otherwise."""
+    own = {key: value for key, value in options.items() if key in REQUEST_FIELDS}
+    params = {key: value for key, value in options.items() if key not in REQUEST_FIELDS}
+    return EngineRequest(name, tuple(prompt), SamplingParams(**({"temperature": 0.0} | params)), **own)
 
 
 def drain(engine: Engine, check: bool = True) -> list[TokenEvent]:

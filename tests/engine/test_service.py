@@ -12,7 +12,7 @@ import pytest
 from engine_fakes import FakeRunner, alone, make_engine, request
 from hayai.backends.base import StepInput, StepOutput
 from hayai.engine.request import TokenEvent
-from hayai.engine.service import EngineError, EngineService
+from hayai.engine.service import MAX_CRASHES, EngineError, EngineService
 from hayai.errors import RequestError
 
 WAIT = 10.0
@@ -145,8 +145,16 @@ def test_an_idle_service_does_not_spin(service: EngineService) -> None:
     assert time.process_time() - began < 0.1
 
 
+def run(service: EngineService, threaded: bool) -> None:
+    """Begin to run: on the engine's own thread, or one step here."""
+    if threaded:
+        service.start()
+    else:
+        service.pump()
+
+
 @pytest.mark.parametrize("threaded", [True, False])
-def test_a_crash_fails_every_request_with_the_reason(threaded: bool) -> None:
+def test_a_crash_fails_the_requests_in_the_engine_and_it_starts_again(threaded: bool) -> None:
     engine, runner = make_engine(max_sequences=1)
     service = EngineService(engine)
     first: SimpleQueue[TokenEvent] = SimpleQueue()
@@ -154,16 +162,98 @@ def test_a_crash_fails_every_request_with_the_reason(threaded: bool) -> None:
     runner.fail_with = OSError("the memory is gone")
     service.submit(request("a", [5]), first.put)
     service.submit(request("b", [5]), waiting.put)
-    if threaded:
-        service.start()
-    else:
-        service.pump()
+    run(service, threaded)
     for events in (first, waiting):
         last = finish(events)[-1]
         assert last.finish_reason == "error" and last.error == "OSError: the memory is gone"
-    assert not service.alive
+    runner.fail_with = None
+    assert service.alive and service.failure is None
+    engine.check_integrity()
+    assert not engine.has_work and engine.stats().finished == {"error": 2}
+    again: SimpleQueue[TokenEvent] = SimpleQueue()
+    service.submit(request("a", [5], max_tokens=3), again.put)
+    while not threaded and again.qsize() < 3:
+        service.pump()
+    assert [e.token_id for e in finish(again)] == alone([5], 3)
+    service.close()
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_repeated_crashes_end_the_service_with_the_reason(threaded: bool) -> None:
+    engine, runner = make_engine()
+    service = EngineService(engine)
+    deaths: list[str] = []
+    service.on_death = deaths.append
+    runner.fail_with = OSError("the memory is gone")
+    for crash in range(MAX_CRASHES):
+        assert service.alive and not deaths
+        events: SimpleQueue[TokenEvent] = SimpleQueue()
+        service.submit(request(f"r{crash}", [5]), events.put)
+        run(service, threaded)
+        assert finish(events)[-1].finish_reason == "error"
+    deadline = time.monotonic() + WAIT
+    while not deaths and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not service.alive and deaths == [service.failure] == ["OSError: the memory is gone"]
     with pytest.raises(EngineError, match="the memory is gone"):
-        service.submit(request("c", [5]), first.put)
+        service.submit(request("c", [5]), events.put)
+    service.close()
+
+
+def test_crashes_long_ago_are_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hayai.engine.service.CRASH_WINDOW", 0.0)
+    engine, runner = make_engine()
+    service = EngineService(engine)
+    runner.fail_with = OSError("a cosmic ray")
+    for crash in range(2 * MAX_CRASHES):
+        service.submit(request(f"r{crash}", [5]), lambda event: None)
+        service.pump()
+        time.sleep(0.001)
+    assert service.alive
+    service.close()
+
+
+def test_what_was_not_taken_in_survives_a_crash() -> None:
+    """Its turn had not come: neither the tokens nor the order of messages are lost."""
+    engine, runner = make_engine()
+    service = EngineService(engine)
+    hit: SimpleQueue[TokenEvent] = SimpleQueue()
+    late: SimpleQueue[TokenEvent] = SimpleQueue()
+    gone: SimpleQueue[TokenEvent] = SimpleQueue()
+    step = runner.step
+
+    def crash(batch: StepInput, plan: str = "main") -> StepOutput:
+        runner.step = step  # type: ignore[method-assign]
+        service.submit(request("late", [7], max_tokens=3), late.put)
+        service.submit(request("gone", [7], max_tokens=3), gone.put)
+        service.abort("gone")
+        raise OSError("torn")
+
+    runner.step = crash  # type: ignore[method-assign]
+    service.submit(request("hit", [5], max_tokens=3), hit.put)
+    service.start()
+    assert finish(hit)[-1].error == "OSError: torn"
+    assert [e.token_id for e in finish(late)] == alone([7], 3)
+    assert finish(gone)[-1].finish_reason == "abort"
+    service.close()
+
+
+def test_events_of_the_step_before_a_crash_come_once() -> None:
+    engine, runner = make_engine()
+    service = EngineService(engine)
+    events: SimpleQueue[TokenEvent] = SimpleQueue()
+    step = runner.step
+
+    def crash_at_the_third(batch: StepInput, plan: str = "main") -> StepOutput:
+        if len(runner.steps) == 2:
+            raise OSError("torn")
+        return step(batch, plan)
+
+    runner.step = crash_at_the_third  # type: ignore[method-assign]
+    service.submit(request("a", [5], max_tokens=9), events.put)
+    service.start()
+    got = finish(events)
+    assert [e.token_id for e in got] == [*alone([5], 2), -1] and got[-1].error == "OSError: torn"
     service.close()
 
 

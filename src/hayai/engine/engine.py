@@ -324,10 +324,11 @@ class Engine:
 
     # ------------------------------------------------------------------ state
 
-    def reset(self) -> None:
-        """Drop every request and start empty: the way back after a step was torn apart by an interrupt."""
+    def reset(self, reason: str = "abort") -> None:
+        """Drop every request and start empty: the way back after a step was torn apart by an interrupt or an
+        error. The dropped requests are counted as finished for `reason`; no event tells of them."""
         books = self._books
-        books.finished["abort"] += len(self._sequences)
+        books.finished[reason] += len(self._sequences)
         books.close_cache(self.cache, self.scheduler)
         self._start_empty()
 

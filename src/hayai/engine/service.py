@@ -8,11 +8,18 @@ Two ways to drive one engine, one code path:
 Order inside a turn: requests that came in are taken, the next step is scheduled, *then* the events of the
 step before are delivered, and the backend is called at once. So whoever was woken by an event works while
 the native step runs with the GIL released, and never delays it.
+
+When a step raises, the requests in the engine end with 'error', the engine starts again empty, and those
+that had not been taken in yet run as if nothing had happened. After `MAX_CRASHES` crashes in `CRASH_WINDOW`
+seconds the service is dead for good and says so (`failure`, `on_death`): a process around it should end.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
@@ -24,6 +31,12 @@ OnEvent = Callable[[TokenEvent], None]
 
 CLOSE_SECONDS = 30.0
 """How long `close` waits for the step in flight."""
+
+MAX_CRASHES = 3
+CRASH_WINDOW = 60.0
+"""Seconds. The crash that fills this window up is the last one."""
+
+_log = logging.getLogger("hayai.engine")
 
 
 class EngineError(Exception):
@@ -42,7 +55,10 @@ _Message = tuple[EngineRequest, float | None] | _Abort | None
 
 
 class EngineService:
-    """Runs an engine for many callers. All methods but `pump` may be called from any thread."""
+    """Runs an engine for many callers. All methods but `pump` may be called from any thread.
+
+    on_death: called once with the reason when the engine has failed for good, on the thread that ran it.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -54,6 +70,8 @@ class EngineService:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._dead: str | None = None
+        self._crashes: deque[float] = deque()
+        self.on_death: Callable[[str], None] | None = None
 
     # ------------------------------------------------------------------ callers
 
@@ -66,6 +84,11 @@ class EngineService:
     def alive(self) -> bool:
         """Whether requests are accepted: the engine has neither failed nor been closed."""
         return self._dead is None and not self._closing
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine has stopped for good; None while it has not."""
+        return self._dead
 
     def start(self) -> None:
         """Give the engine its own thread. Calling it again does nothing."""
@@ -105,7 +128,7 @@ class EngineService:
                 self._take_inbox()
                 self._deliver(self.engine.step())
             except Exception as error:
-                self._fail(error)
+                self._recover(error)
             except BaseException:
                 self.engine.reset()
                 self._finish_all("abort", None)
@@ -135,22 +158,33 @@ class EngineService:
     # ------------------------------------------------------------------ the engine's thread
 
     def _run(self) -> None:
+        while True:
+            try:
+                self._turn()
+                return
+            except Exception as error:
+                if not self._recover(error):
+                    return
+            except BaseException as error:
+                self._die(error)
+                return
+
+    def _turn(self) -> None:
+        """Run steps until the service is closed."""
         engine = self.engine
-        try:
-            while True:
-                self._take_inbox()
-                batch = engine.schedule()
+        while True:
+            self._take_inbox()
+            batch = engine.schedule()
+            events, self._events = self._events, []
+            self._deliver(events)
+            self._events = engine.run(batch)
+            if not engine.has_work:
                 self._deliver(self._events)
-                self._events = engine.run(batch)
-                if not engine.has_work:
-                    self._deliver(self._events)
-                    self._events = []
-                    if self._closing:
-                        self._finish_all("abort", None)  # what came in after the last look
-                        return
-                    self._take(self._inbox.get())  # sleeps until something comes
-        except BaseException as error:
-            self._fail(error)
+                self._events = []
+                if self._closing:
+                    self._finish_all("abort", None)  # what came in after the last look
+                    return
+                self._take(self._inbox.get())  # sleeps until something comes
 
     def _take_inbox(self) -> None:
         inbox = self._inbox
@@ -167,7 +201,11 @@ class EngineService:
         elif isinstance(message, _Abort):
             self.engine.abort(message.request_id)
         else:
-            self.engine.add(*message)
+            try:
+                self.engine.add(*message)
+            except Exception as error:
+                # Checked when it was submitted: whatever is wrong now is wrong with this request alone.
+                self._tell(message[0].request_id, "error", str(error))
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         callbacks = self._callbacks
@@ -185,19 +223,65 @@ class EngineService:
                 callbacks.pop(request_id, None)
                 self.engine.abort(request_id)
 
-    def _fail(self, error: BaseException) -> None:
-        """The engine broke: no request is left waiting, none is accepted any more."""
+    def _tell(self, request_id: str, reason: str, error: str | None) -> None:
+        """Give a request its last event, made here."""
         with self._lock:
-            self._dead = f"{type(error).__name__}: {error}"
-        self._finish_all("error", self._dead)
-
-    def _finish_all(self, reason: str, error: str | None) -> None:
-        with self._lock:
-            callbacks, self._callbacks = self._callbacks, {}
-        while not self._inbox.empty():
-            self._inbox.get_nowait()
-        for request_id, callback in callbacks.items():
+            callback = self._callbacks.pop(request_id, None)
+        if callback is not None:
             try:
                 callback(TokenEvent(request_id, -1, reason, error=error))
             except Exception:
-                continue  # its listener is gone as well
+                return  # its listener is gone as well
+
+    def _recover(self, error: Exception) -> bool:
+        """A step raised: fail what was in it and start again, or die when that has happened too often."""
+        now = time.monotonic()
+        self._crashes.append(now)
+        while self._crashes[0] < now - CRASH_WINDOW:
+            self._crashes.popleft()
+        if len(self._crashes) >= MAX_CRASHES:
+            self._die(error)
+            return False
+        _log.error("the engine crashed and starts again: %s", _reason(error), exc_info=error)
+        self._deliver(self._events)  # of the step before, which was sound
+        self._events = []
+        try:
+            self.engine.reset("error")
+        except Exception as worse:
+            self._die(worse)
+            return False
+        with self._lock:
+            messages = self._drain()
+            innocent = {m[0].request_id for m in messages if isinstance(m, tuple)}
+            lost = [request_id for request_id in self._callbacks if request_id not in innocent]
+        for request_id in lost:
+            self._tell(request_id, "error", _reason(error))
+        for message in messages:
+            self._take(message)
+        return True
+
+    def _die(self, error: BaseException) -> None:
+        """The engine broke for good: no request is left waiting, none is accepted any more."""
+        _log.critical("the engine has stopped: %s", _reason(error), exc_info=error)
+        with self._lock:
+            self._dead = _reason(error)
+        self._finish_all("error", self._dead)
+        if self.on_death is not None:
+            self.on_death(self._dead)
+
+    def _drain(self) -> list[_Message]:
+        messages: list[_Message] = []
+        while not self._inbox.empty():
+            messages.append(self._inbox.get_nowait())
+        return messages
+
+    def _finish_all(self, reason: str, error: str | None) -> None:
+        with self._lock:
+            lost = list(self._callbacks)
+            self._drain()
+        for request_id in lost:
+            self._tell(request_id, reason, error)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
