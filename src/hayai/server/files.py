@@ -7,6 +7,7 @@ is a file once its last byte is on the disk (batch_store.py).
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ MAX_PARTS = 8
 MAX_PAGE = 10_000
 EXPIRES_RANGE = (3600, 30 * 86_400)
 """Seconds that `expires_after` may ask for: OpenAI's range."""
+
+# The form parser warns of every bad form; its error, which the client gets, says the same.
+logging.getLogger("python_multipart").addHandler(logging.NullHandler())
 
 FORM_SCHEMA = {
     "type": "object",
