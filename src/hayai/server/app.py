@@ -6,10 +6,12 @@ FastAPI would add 12 MB and 90 ms of start-up for a schema page.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from tempfile import mkdtemp
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,13 +23,16 @@ import hayai
 from hayai.config import ServerConfig
 from hayai.errors import RequestError
 from hayai.frontend import EngineError, Frontend
-from hayai.server import anthropic_routes, azure, openai_routes
+from hayai.server import anthropic_routes, azure, batches, files, openai_routes, ops
 from hayai.server.access import Access
+from hayai.server.batch_runner import BatchRunner
+from hayai.server.batch_store import BatchStore
 from hayai.server.context import ServerContext
 from hayai.server.errors import ApiError, answer_error, answer_http_error
 from hayai.server.gate import Gate
 from hayai.server.metrics import Metrics
 from hayai.server.openai_routes import json_response
+from hayai.server.ops import count_refusal
 from hayai.server.reply import token_bytes_of
 from hayai.server.schema import describe_api
 
@@ -46,23 +51,38 @@ def create_app(frontend: Frontend, config: ServerConfig, access: Access | None =
     on Ctrl-C); `app.state.context` is what the routes share.
     """
     context = make_context(frontend, config, access or Access.open())
+    runner = _batch_runner(context)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
+        await runner.start()
         yield
         context.gate.close()
+        await runner.stop()
         frontend.close()
         context.access.close()
+        if config.state_dir is None:
+            shutil.rmtree(runner.store.folder, ignore_errors=True)
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        count_refusal(context, error)
+        return await answer_error(request, error)
 
     app = Starlette(
         lifespan=lifespan,
-        routes=[*_own_routes(context), *(route for surface in SURFACES for route in surface(context))],
+        routes=[
+            *ops.routes(context, runner),
+            Route("/openapi.json", _openapi),
+            *(route for surface in SURFACES for route in surface(context)),
+            *files.routes(context, runner.store),
+            *batches.routes(context, runner),
+        ],
         exception_handlers={
-            ApiError: answer_error,
-            RequestError: answer_error,
-            EngineError: answer_error,
+            ApiError: refuse,
+            RequestError: refuse,
+            EngineError: refuse,
             HTTPException: answer_http_error,
-            Exception: answer_error,
+            Exception: refuse,
         },
     )
     app.state.gate = context.gate
@@ -75,7 +95,12 @@ def make_context(frontend: Frontend, config: ServerConfig, access: Access) -> Se
     return ServerContext(
         frontend=frontend,
         config=config,
-        gate=Gate(config.max_waiting),
+        gate=Gate(
+            config.max_waiting,
+            frontend.loaded.engine_config.max_sequences,
+            queue_seconds=config.queue_seconds,
+            request_timeout=config.request_timeout,
+        ),
         access=access,
         metrics=Metrics(),
         started=int(time.time()),
@@ -85,19 +110,14 @@ def make_context(frontend: Frontend, config: ServerConfig, access: Access) -> Se
     )
 
 
-def _own_routes(context: ServerContext) -> list[BaseRoute]:
-    async def health(request: Request) -> Response:
-        """Whether the process answers; says nothing of the model."""
-        return json_response({"status": "ok"})
+def _batch_runner(context: ServerContext) -> BatchRunner:
+    """Files and batches in the state folder; without one in a folder that is gone when the server stops."""
+    state = context.config.state_dir
+    folder = Path(mkdtemp(prefix="hayai-")) if state is None else state / "batches"
+    parallel = context.config.batch_parallel or max(1, context.gate.max_running // 2)
+    return BatchRunner(context, BatchStore(folder), parallel)
 
-    async def ready(request: Request) -> Response:
-        """Whether a request would be taken now. Never generates."""
-        ready = not context.gate.closing and context.frontend.alive
-        return json_response({"status": "ready" if ready else "unavailable"}, 200 if ready else 503)
 
-    async def openapi(request: Request) -> Response:
-        """What there is to call, and the fields of the bodies."""
-        document: dict[str, Any] = describe_api(request.app.routes)
-        return json_response(document)
-
-    return [Route("/health", health), Route("/ready", ready), Route("/openapi.json", openapi)]
+async def _openapi(request: Request) -> Response:
+    """What there is to call, and the fields of the bodies."""
+    return json_response(describe_api(request.app.routes))
