@@ -26,6 +26,18 @@ COMPLETION = "/v1/completions"
 HELLO = [{"role": "user", "content": "hi"}]
 
 
+def tool_with(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    return {"items": nested(levels - 1)} if levels else {}
+
+
+TOOL = tool_with({"type": "object"})
+DEEP = nested(40)
+
+
 def error_of(reply: httpx.Response, status: int = 400) -> dict[str, Any]:
     assert reply.status_code == status, reply.text
     assert reply.headers["content-type"] == "application/json"
@@ -38,9 +50,47 @@ BAD_CHAT = [
     # field at fault, its value, text in the message
     ("temprature", 0.5, "did you mean temperature?"),
     ("frobnicate", None, "unknown field: frobnicate"),
-    ("tools", [{"type": "function"}], "does not call tools"),
-    ("tool_choice", "required", "does not call tools"),
-    ("response_format", {"type": "json_object"}, "only {'type': 'text'}"),
+    ("tools", {}, "must be a list"),
+    ("tools", [{"type": "function"}], "tools[0].function must be an object"),
+    ("tools", [{"type": "web_search"}], "only 'function'"),
+    ("tools", [{"type": "custom", "custom": {"name": "x"}}], "only 'function'"),
+    ("tools", [{"type": "function", "function": {"name": "a b"}}], "letters, digits"),
+    ("tools", [{"type": "function", "function": {"name": "f", "colour": 1}}], "unknown field"),
+    ("tools", [{"type": "function", "function": {"name": "f", "parameters": []}}], "a JSON schema"),
+    ("tools", [{"type": "function", "function": {"name": "f", "strict": 1}}], "true or false"),
+    ("tools", [TOOL, TOOL], "two tools are called 'f'"),
+    ("tools", [TOOL] * 129, "at most 128 tools"),
+    ("tools", [tool_with(DEEP)], "nested deeper than 32"),
+    ("tools", [tool_with({"enum": ["x" * (257 << 10)]})], "bytes; at most"),
+    ("tool_choice", "required", "needs tools"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}, "needs tools"),
+    ("functions", [{"name": "f"}], "use tools"),
+    ("function_call", {"name": "f"}, "use tool_choice"),
+    ("parallel_tool_calls", "no", "found a string"),
+    ("response_format", "json", "must be an object"),
+    ("response_format", {"type": "xml"}, "text, json_object or json_schema"),
+    ("response_format", {"type": "json_object", "schema": {}}, "unknown field"),
+    ("response_format", {"type": "json_schema"}, "must be an object"),
+    ("response_format", {"type": "json_schema", "json_schema": {"schema": {}}}, "letters, digits"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}, "a JSON schema"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": DEEP}}, "deeper"),
+    ("structured_outputs", {"xml": "x"}, "unknown field"),
+    ("structured_outputs", {"json": {}, "regex": "a"}, "use one of them"),
+    ("guided_json", "{", "not JSON"),
+    ("guided_json", 5, "a JSON schema"),
+    ("guided_regex", "x" * (17 << 10), "bytes; at most"),
+    ("guided_regex", ["x"], "non-empty string"),
+    ("guided_choice", [], "list of non-empty strings"),
+    ("guided_choice", ["a", ""], "list of non-empty strings"),
+    ("guided_grammar", "", "non-empty string"),
+    ("chat_template_kwargs", [], "must be an object"),
+    ("chat_template_kwargs", {"messages": "x"}, "not a variable"),
+    ("chat_template_kwargs", {"x": {}}, "must be a string, a number"),
+    ("cache_salt", "x" * 257, "at most 256"),
+    ("moderation", {}, "no moderation model"),
+    ("web_search_options", {}, "does not search"),
+    ("audio", {"voice": "alloy"}, "plain text"),
+    ("verbosity", "low", "can't be set"),
     ("modalities", ["audio"], "plain text"),
     ("prediction", {"type": "content"}, "not served"),
     ("reasoning_effort", "high", "not supported"),
@@ -60,7 +110,7 @@ BAD_CHAT = [
     ("max_tokens", "9", "found a string"),
     ("max_completion_tokens", 0, "greater than or equal to 1"),
     ("n", 0, "greater than or equal to 1"),
-    ("n", 17, "less than or equal to 16"),
+    ("n", 129, "less than or equal to 128"),
     ("seed", 1 << 64, "found"),
     ("seed", -(1 << 63) - 1, "found"),
     ("seed", 0.5, "found 0.5"),
@@ -94,7 +144,7 @@ def test_bad_chat_field_is_named(http: httpx.Client, field: str, value: object, 
     body = {"messages": HELLO, "max_tokens": 1, field: value}
     error = error_of(http.post(CHAT, json=body))
     assert text in error["message"]
-    assert error["param"].partition("[")[0] == field and error["type"] == "invalid_request_error"
+    assert re.split(r"[.\[]", error["param"])[0] == field and error["type"] == "invalid_request_error"
     assert error["code"]
 
 
@@ -102,7 +152,10 @@ BAD_MESSAGES = [
     ("messages[0]", "hi"),
     ("messages[0].role", {"content": "x"}),
     ("messages[0].role", {"role": "root", "content": "x"}),
-    ("messages[0].role", {"role": "tool", "content": "x"}),
+    ("messages[0].role", {"role": "function", "name": "f", "content": "x"}),
+    ("messages[0].tool_call_id", {"role": "tool", "content": "x"}),
+    ("messages[0].tool_call_id", {"role": "tool", "content": "x", "tool_call_id": "unknown"}),
+    ("messages[0].tool_call_id", {"role": "user", "content": "x", "tool_call_id": "a"}),
     ("messages[0].role", {"role": ["user"], "content": "x"}),
     ("messages[0].content", {"role": "user"}),
     ("messages[0].content", {"role": "user", "content": 5}),
@@ -114,7 +167,17 @@ BAD_MESSAGES = [
         {"role": "user", "content": [{"type": "text", "text": "", "weight": 1}]},
     ),
     ("messages[0].name", {"role": "user", "content": "x", "name": 5}),
-    ("messages[0].tool_calls", {"role": "assistant", "content": "x", "tool_calls": [{}]}),
+    ("messages[0].content", {"role": "assistant", "content": None}),
+    ("messages[0].content", {"role": "user", "content": None}),
+    ("messages[0].tool_calls", {"role": "user", "content": "x", "tool_calls": [{}]}),
+    ("messages[0].tool_calls", {"role": "assistant", "content": "x", "tool_calls": "f"}),
+    ("messages[0].tool_calls[0].function", {"role": "assistant", "tool_calls": [{"id": "a"}]}),
+    ("messages[0].tool_calls[0].type", {"role": "assistant", "tool_calls": [{"type": "custom"}]}),
+    ("messages[0].tool_calls[0].id", {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}),
+    (
+        "messages[0].tool_calls[0].function.name",
+        {"role": "assistant", "tool_calls": [{"id": "a", "function": {"arguments": "{}"}}]},
+    ),
     ("messages[0].colour", {"role": "user", "content": "x", "colour": "red"}),
 ]
 
@@ -126,8 +189,12 @@ def test_bad_message_is_placed(http: httpx.Client, param: str, message: object) 
 
 
 BAD_COMPLETIONS = [
-    ("echo", True, "not repeated"),
-    ("suffix", "end", "can't be inserted"),
+    ("echo", "yes", "found a string"),
+    ("suffix", "end", "fill-in-the-middle"),
+    ("max_tokens", -1, "greater than or equal to 0"),
+    ("n", 129, "less than or equal to 128"),
+    ("guided_choice", "a", "list of non-empty strings"),
+    ("tools", [], "unknown field"),
     ("best_of", 2, "use n"),
     ("logprobs", 21, "less than or equal to 20"),
     ("logprobs", True, "found true or false"),

@@ -245,8 +245,8 @@ def test_errors_carry_param_and_code(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="served here: tiny-chat") as missing:
         chat_text(client, model="gpt-4")
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
-    with pytest.raises(openai.BadRequestError, match="does not call tools"):
-        chat_text(client, tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(openai.BadRequestError, match="only 'function' tools are served"):
+        chat_text(client, tools=[{"type": "custom", "custom": {"name": "f"}}])
 
 
 def test_text_that_is_cut_inside_a_character_still_streams(client: OpenAI) -> None:

@@ -1,82 +1,44 @@
-"""Request fields that are not ours: ignored by name, refused by name, never dropped in silence.
+"""What is done with fields that are not ours: told without effect, refused by name, never dropped in silence.
 
-Three tables, read by `check_fields` before a body is validated:
-* IGNORED: bookkeeping of OpenAI's platform that changes no token; any value is accepted;
-* REFUSED: fields that would change the answer; accepted only with a value that asks for nothing;
-* everything else that a dialect's model does not list is unknown, and a 400.
+One FieldTable (bodies.py) per dialect, filled from here. A field of the API is either in the dialect's model,
+and served, or here; a test walks the API's own schema and holds us to it.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NoReturn
 
 from hayai.errors import RequestError
 
-IGNORED = frozenset(
-    {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "parallel_tool_calls",
-    }
-)
-"""Accepted with any value; they name users, store transcripts or choose a price, and change no token."""
+PLATFORM: dict[str, tuple[str, tuple[object, ...]]] = {
+    "user": ("end users are not tracked", ("",)),
+    "safety_identifier": ("end users are not tracked", ("",)),
+    "service_tier": ("there is one tier; priority belongs to the key", ("auto", "default")),
+    "prompt_cache_key": ("every prompt's prefix is cached; nothing has to be named", ("",)),
+    "prompt_cache_retention": ("cached prefixes stay until their memory is needed", ()),
+    "prompt_cache_options": ("cached prefixes stay until their memory is needed", ({},)),
+}
+"""Of OpenAI's platform; they change no token. field -> (what is not done, values that ask for nothing)."""
 
-_NO_TOOLS = "this server does not call tools"
-_TEXT_ONLY = "answers are plain text"
+_NO_AUDIO = "answers are plain text"
+_NO_SEARCH = "this server does not search the web"
+_NO_MODERATION = "this server has no moderation model"
 
-REFUSED_CHAT: Mapping[str, tuple[str, tuple[object, ...]]] = {
-    "tools": (_NO_TOOLS, ([],)),
-    "tool_choice": (_NO_TOOLS, ("none", "auto")),
-    "functions": (_NO_TOOLS, ([],)),
-    "function_call": (_NO_TOOLS, ("none", "auto")),
-    "response_format": ("only {'type': 'text'} is served", ({"type": "text"},)),
-    "modalities": (_TEXT_ONLY, (["text"],)),
-    "audio": (_TEXT_ONLY, ()),
+CHAT_WARNED = PLATFORM | {
+    "metadata": ("nothing is stored that it could label", ({},)),
+    "store": ("chat completions are not stored; /v1/responses can be", (False,)),
+}
+CHAT_REFUSED: Mapping[str, tuple[str, tuple[object, ...]]] = {
+    "functions": ("use tools, which took its place", ([],)),
+    "function_call": ("use tool_choice, which took its place", ("none", "auto")),
+    "modalities": (_NO_AUDIO, (["text"],)),
+    "audio": (_NO_AUDIO, ()),
     "prediction": ("predicted outputs are not served", ()),
-    "web_search_options": ("this server does not search", ()),
-    "reasoning_effort": ("the effort of reasoning can't be set", ()),
+    "web_search_options": (_NO_SEARCH, ()),
     "verbosity": ("verbosity can't be set", ("medium",)),
+    "moderation": (_NO_MODERATION, ()),
 }
-REFUSED_COMPLETION: Mapping[str, tuple[str, tuple[object, ...]]] = {
-    "echo": ("the prompt is not repeated in the answer", (False,)),
-    "suffix": ("text can't be inserted before a suffix", ("",)),
-    "best_of": ("every choice is returned; use n", (1,)),
-}
-"""field -> (reason, values that ask for nothing and are accepted). null is always accepted."""
-
-
-def check_fields(
-    body: Mapping[str, object],
-    known: Collection[str],
-    refused: Mapping[str, tuple[str, tuple[object, ...]]],
-) -> dict[str, object]:
-    """The fields of `body` that a dialect serves, nulls dropped (null means: the default).
-
-    RequestError for a refused field and for an unknown one, with a near name where there is one.
-    """
-    kept: dict[str, object] = {}
-    for name, value in body.items():
-        if name in known:
-            if value is not None:
-                kept[name] = value
-        elif name in refused:
-            reason, harmless = refused[name]
-            if value is not None and not any(value == h and type(value) is type(h) for h in harmless):
-                raise RequestError(
-                    f"{name} is not supported: {reason}", param=name, code="unsupported_parameter"
-                )
-        elif name not in IGNORED:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise RequestError(f"unknown field: {name}{hint}", param=name, code="unknown_parameter")
-    return kept
 
 
 def refuse(param: str, message: str) -> NoReturn:

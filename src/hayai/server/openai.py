@@ -1,60 +1,69 @@
 """OpenAI's wire format, inwards: /v1/chat/completions and /v1/completions bodies -> one neutral Job.
 
-Scalars are checked by pydantic in strict mode ("1" is not a number); messages, prompt, stop and
+Scalars are checked by pydantic in strict mode ("1" is not a number); messages, prompt, tools, stop and
 logit_bias by hand, so that an error names the exact place (`messages[2].content`). Ranges of sampling
-values are SamplingParams' own. Extensions to the API, all optional: top_k, min_p, repetition_penalty,
-ignore_eos, stop_token_ids, timings.
+values are SamplingParams' own. What is done with every other field of the API is a table in fields.py.
+
+Extensions to the API, all optional. Sampling: top_k, min_p, repetition_penalty, ignore_eos, stop_token_ids.
+Form of the answer (vLLM's names): structured_outputs, guided_json, guided_regex, guided_choice,
+guided_grammar. Template: chat_template_kwargs. Cache: cache_salt. Answer: timings.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any
 
-import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from hayai.config import LimitsConfig
 from hayai.engine.request import MAX_LOGPROBS, SamplingParams
 from hayai.errors import RequestError
 from hayai.frontend import Prompt
+from hayai.frontend_request import Constraint, RequestOptions
+from hayai.server.bodies import Body, FieldTable, read_object, validate
 from hayai.server.context import ServerContext
-from hayai.server.fields import REFUSED_CHAT, REFUSED_COMPLETION, check_fields, kind_of, refuse
+from hayai.server.fields import CHAT_REFUSED, CHAT_WARNED, PLATFORM, kind_of, refuse
 from hayai.server.job import Job
+from hayai.server.openai_messages import MESSAGES_SCHEMA, read_messages
+from hayai.server.openai_tools import (
+    FORMAT_SCHEMA,
+    TOOL_CHOICE_SCHEMA,
+    TOOLS_SCHEMA,
+    one_constraint,
+    read_format,
+    read_structured,
+    read_tool_choice,
+    read_tools,
+)
 
-MAX_CHOICES = 16
-MAX_PROMPTS = 128
-MAX_MESSAGES = 4096
+MAX_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16
 """What /v1/completions gives where max_tokens is absent: the API's documented default."""
+MAX_TEMPLATE_ARGS = 16
+
+CHAT_FIELDS = FieldTable(warned=CHAT_WARNED, refused=CHAT_REFUSED)
+COMPLETION_FIELDS = FieldTable(warned=PLATFORM)
 
 _SEED_RANGE = 1 << 64
-
-_TEXT_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-}
-_MESSAGES_SCHEMA = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "properties": {
-            "role": {"enum": ["system", "developer", "user", "assistant"]},
-            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]},
-            "name": {"type": "string"},
-        },
-        "required": ["role", "content"],
-    },
-}
 _INTEGERS = {"type": "array", "items": {"type": "integer"}}
 _STRINGS = {"type": "array", "items": {"type": "string"}}
 _STOP_SCHEMA = {"anyOf": [{"type": "string"}, _STRINGS]}
 _PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, _STRINGS, _INTEGERS, {"type": "array", "items": _INTEGERS}]}
 _BIAS_SCHEMA = {"type": "object", "additionalProperties": {"type": "number"}}
+_OBJECT = {"type": "object"}
+_STRUCTURED_FIELDS = (
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
 
 
 class StreamOptions(BaseModel):
-    """What a stream adds. include_obfuscation is accepted: padding against traffic analysis, not needed
-    by any client."""
+    """What a stream adds. include_obfuscation (padding against traffic analysis) has no effect, which the
+    answer says."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -70,7 +79,6 @@ class GenerationRequest(BaseModel):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: float = 1.0
     top_p: float = 1.0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
@@ -86,86 +94,181 @@ class GenerationRequest(BaseModel):
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[int], Field(max_length=64)] = []
     timings: bool = False
+    cache_salt: Annotated[str, Field(max_length=256)] = ""
+    structured_outputs: Annotated[Any, WithJsonSchema(_OBJECT)] = None
+    guided_json: Annotated[Any, WithJsonSchema({"anyOf": [_OBJECT, {"type": "string"}]})] = None
+    guided_regex: Annotated[Any, WithJsonSchema({"type": "string"})] = None
+    guided_choice: Annotated[Any, WithJsonSchema(_STRINGS)] = None
+    guided_grammar: Annotated[Any, WithJsonSchema({"type": "string"})] = None
 
 
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[Any, WithJsonSchema(_MESSAGES_SCHEMA)]
+    messages: Annotated[Any, WithJsonSchema(MESSAGES_SCHEMA)]
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
+    tools: Annotated[Any, WithJsonSchema(TOOLS_SCHEMA)] = None
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
+    parallel_tool_calls: bool = True
+    response_format: Annotated[Any, WithJsonSchema(FORMAT_SCHEMA)] = None
+    reasoning_effort: str | None = None
+    # extensions
+    chat_template_kwargs: Annotated[Any, WithJsonSchema(_OBJECT)] = None
 
 
 class CompletionRequest(GenerationRequest):
-    """Body of POST /v1/completions."""
+    """Body of POST /v1/completions. max_tokens 0: nothing is generated (to score the prompt, with echo)."""
 
     prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
+    max_tokens: Annotated[int, Field(ge=0)] = DEFAULT_COMPLETION_TOKENS
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
-
-
-Body = TypeVar("Body", bound=GenerationRequest)
+    echo: bool = False
+    suffix: str | None = None
+    best_of: int | None = None
 
 
 def parse_chat(raw: bytes, context: ServerContext) -> Job:
     """A chat completion body as a Job. RequestError names the field at fault."""
-    body = _validate(raw, ChatRequest, REFUSED_CHAT)
-    limits = {v for v in (body.max_tokens, body.max_completion_tokens) if v is not None}
-    if len(limits) > 1:
+    limits = context.config.limits
+    body, warnings = _read(raw, ChatRequest, CHAT_FIELDS)
+    lengths = {v for v in (body.max_tokens, body.max_completion_tokens) if v is not None}
+    if len(lengths) > 1:
         refuse("max_tokens", "max_tokens and max_completion_tokens disagree; give one of them")
     if body.top_logprobs is not None and not body.logprobs:
         refuse("top_logprobs", "top_logprobs needs logprobs: true")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = _sampling(body, limits.pop() if limits else None, logprobs)
-    return _job("chat", body, (Prompt(messages=_messages(body.messages)),), params)
+    params = _sampling(body, limits, lengths.pop() if lengths else None, logprobs)
+    tools = read_tools(body.tools, limits)
+    choice = read_tool_choice(body.tool_choice, tools)
+    form = {"response_format": read_format(body.response_format, limits), **_structured(body, limits)}
+    options = RequestOptions(
+        constraint=one_constraint(form),
+        cache_salt=body.cache_salt,
+        tools=tuple(t for t in tools if choice.only is None or t.name in choice.only),
+        tool_choice=choice.mode,
+        forced_tool=choice.forced,
+        parallel_tools=body.parallel_tool_calls,
+    )
+    messages = read_messages(body.messages, limits.max_messages)
+    prompt = Prompt(messages=messages, template_args=template_args(body, context))
+    return _job("chat", body, (prompt,), params, options, limits, warnings)
 
 
 def parse_completion(raw: bytes, context: ServerContext) -> Job:
     """A completion body as a Job. RequestError names the field at fault."""
-    body = _validate(raw, CompletionRequest, REFUSED_COMPLETION)
-    max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    params = _sampling(body, max_tokens, body.logprobs)
-    return _job("completion", body, _prompts(body.prompt), params)
+    limits = context.config.limits
+    body, warnings = _read(raw, CompletionRequest, COMPLETION_FIELDS)
+    if body.best_of is not None and body.best_of != body.n:
+        refuse("best_of", f"best_of must be n ({body.n}): every choice is returned; use n")
+    if body.suffix and body.echo:
+        refuse("echo", "echo and suffix can't be combined")
+    params = _sampling(body, limits, max(body.max_tokens, 1), body.logprobs)
+    options = RequestOptions(
+        constraint=one_constraint(_structured(body, limits)),
+        cache_salt=body.cache_salt,
+        prompt_logprobs=body.logprobs if body.echo else None,
+        generate=body.max_tokens > 0,
+    )
+    prompts = _prompts(body.prompt, limits)
+    if body.suffix:
+        prompts = tuple(_infill(context, prompt, body.suffix) for prompt in prompts)
+    job = _job("completion", body, prompts, params, options, limits, warnings)
+    return replace(job, dialect="echo", echo=True) if body.echo else job
+
+
+def _infill(context: ServerContext, prompt: Prompt, suffix: str) -> Prompt:
+    if prompt.text is None:
+        refuse("suffix", "suffix needs a prompt of text, not of token ids")
+    return context.frontend.infill(prompt.text, suffix)
 
 
 def _job(
-    dialect: Literal["chat", "completion"],
+    dialect: str,
     body: GenerationRequest,
     prompts: tuple[Prompt, ...],
     params: SamplingParams,
+    options: RequestOptions,
+    limits: LimitsConfig,
+    warnings: list[str],
 ) -> Job:
-    if body.stream_options is not None and not body.stream:
-        refuse("stream_options", "stream_options needs stream: true")
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return Job(dialect, body.model, prompts, params, body.n, body.stream, include_usage, body.timings)
+    if body.stream_options is not None:
+        if not body.stream:
+            refuse("stream_options", "stream_options needs stream: true")
+        if body.stream_options.include_obfuscation:
+            warnings.append("stream_options.include_obfuscation: events are not padded")
+    num_choices = len(prompts) * body.n
+    if num_choices > limits.max_choices:
+        refuse("n", f"{num_choices} choices in one request; at most {limits.max_choices}")
+    return Job(
+        dialect,
+        body.model,
+        prompts,
+        params,
+        body.n,
+        body.stream,
+        body.stream_options is not None and body.stream_options.include_usage,
+        body.timings,
+        options=options,
+        warnings=tuple(warnings),
+    )
 
 
-def _validate(raw: bytes, model: type[Body], refused: Any) -> Body:
-    try:
-        parsed = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(parsed, dict):
-        raise RequestError(f"the body must be a JSON object: {kind_of(parsed)}", code="invalid_json")
-    kept = check_fields(parsed, model.model_fields, refused)
-    try:
-        return model.model_validate(kept)
-    except ValidationError as error:
-        raise _first_error(error) from None
+def _read(raw: bytes, model: type[Body], table: FieldTable) -> tuple[Body, list[str]]:
+    kept, warnings = table.sort(read_object(raw), model.model_fields)
+    return validate(model, kept), warnings
 
 
-def _first_error(error: ValidationError) -> RequestError:
-    first = error.errors(include_url=False, include_context=False)[0]
-    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"]).lstrip(".")
-    if first["type"] == "missing":
-        return RequestError(f"{param} is required", param=param, code="missing_required_parameter")
-    if first["type"] == "extra_forbidden":
-        return RequestError(f"unknown field: {param}", param=param, code="unknown_parameter")
-    message = f"{param}: {first['msg'][:1].lower()}{first['msg'][1:]}; found {kind_of(first['input'])}"
-    return RequestError(message, param=param, code="invalid_value")
+def _structured(body: GenerationRequest, limits: LimitsConfig) -> dict[str, Constraint]:
+    return read_structured({name: getattr(body, name) for name in _STRUCTURED_FIELDS}, limits)
 
 
-def _sampling(body: GenerationRequest, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+_OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
+
+
+def template_args(body: ChatRequest, context: ServerContext) -> dict[str, Any]:
+    """Variables for the chat template: `chat_template_kwargs`, and the effort where the template knows it."""
+    args: dict[str, Any] = {}
+    given = body.chat_template_kwargs
+    if given is not None:
+        if not isinstance(given, dict) or len(given) > MAX_TEMPLATE_ARGS:
+            refuse(
+                "chat_template_kwargs",
+                f"chat_template_kwargs must be an object, up to {MAX_TEMPLATE_ARGS} values: {kind_of(given)}",
+            )
+        for name, value in given.items():
+            path = f"chat_template_kwargs.{name[:100]}"
+            if not name.isidentifier() or name in _OWN_VARIABLES:
+                refuse(path, f"{path}: not a variable that a request may set")
+            if not isinstance(value, bool | int | float | str | None):
+                refuse(path, f"{path} must be a string, a number, true or false: {kind_of(value)}")
+            args[name] = value
+    if body.reasoning_effort is not None:
+        args["reasoning_effort"] = check_effort(body.reasoning_effort, context, "reasoning_effort")
+    return args
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+
+
+def check_effort(effort: str, context: ServerContext, where: str) -> str:
+    """A level that the model's template can be told; RequestError where it has no notion of it."""
+    if effort not in EFFORTS:
+        refuse(where, f"{where} must be one of {', '.join(EFFORTS)}: {effort[:40]!r}")
+    template = context.frontend.loaded.chat_template
+    if template is None or "reasoning_effort" not in template.source:
+        message = f"{where} is not supported: this model's chat template has no levels of reasoning"
+        raise RequestError(message, param=where, code="unsupported_parameter")
+    return effort
+
+
+def _sampling(
+    body: GenerationRequest, limits: LimitsConfig, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    if logprobs is not None and logprobs > limits.max_logprobs:
+        refuse("logprobs", f"at most {limits.max_logprobs} alternatives per token: {logprobs}")
     seed = body.seed
     if seed is not None and -(_SEED_RANGE >> 1) <= seed < 0:
         seed += _SEED_RANGE  # the API's seeds are signed 64-bit numbers, ours the same bits unsigned
@@ -180,21 +283,25 @@ def _sampling(body: GenerationRequest, max_tokens: int | None, logprobs: int | N
         frequency_penalty=body.frequency_penalty,
         logit_bias=_logit_bias(body.logit_bias),
         seed=seed,
-        stop=_stop(body.stop),
+        stop=read_stop(body.stop, limits),
         stop_token_ids=tuple(body.stop_token_ids),
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
     )
 
 
-def _stop(value: object) -> tuple[str, ...]:
+def read_stop(value: object, limits: LimitsConfig) -> tuple[str, ...]:
+    """`stop`: one string or several."""
     if value is None:
         return ()
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    refuse("stop", f"stop must be a string or a list of strings: {kind_of(value)}")
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(v, str) for v in strings):
+        refuse("stop", f"stop must be a string or a list of strings: {kind_of(value)}")
+    if len(strings) > limits.max_stop_strings:
+        refuse("stop", f"stop: at most {limits.max_stop_strings} strings: {len(strings)}")
+    if sum(len(v.encode()) for v in strings) > limits.max_stop_bytes:
+        refuse("stop", f"stop: at most {limits.max_stop_bytes} bytes in all")
+    return tuple(strings)
 
 
 def _logit_bias(value: object) -> dict[int, float]:
@@ -212,15 +319,15 @@ def _logit_bias(value: object) -> dict[int, float]:
     return bias
 
 
-def _prompts(value: object) -> tuple[Prompt, ...]:
+def _prompts(value: object, limits: LimitsConfig) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (Prompt(text=value),)
     if not isinstance(value, list) or not value:
         refuse("prompt", f"prompt must be a string, token ids, or a list of either: {kind_of(value)}")
     if all(type(v) is int for v in value):
         return (Prompt(token_ids=_token_ids(value, "prompt")),)
-    if len(value) > MAX_PROMPTS:
-        refuse("prompt", f"at most {MAX_PROMPTS} prompts in one request: {len(value)}")
+    if len(value) > limits.max_choices:
+        refuse("prompt", f"at most {limits.max_choices} prompts in one request: {len(value)}")
     prompts: list[Prompt] = []
     for i, item in enumerate(value):
         if isinstance(item, str):
@@ -237,60 +344,3 @@ def _token_ids(values: list[int], where: str) -> tuple[int, ...]:
     if bad is not None:
         refuse("prompt", f"{where}: not a token id: {bad}")
     return tuple(values)
-
-
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_NULL_MESSAGE_FIELDS = ("tool_calls", "function_call", "audio", "refusal", "annotations", "tool_call_id")
-
-
-def _messages(value: object) -> tuple[dict[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        refuse("messages", f"messages must be a list with at least one message: {kind_of(value)}")
-    if len(value) > MAX_MESSAGES:
-        refuse("messages", f"at most {MAX_MESSAGES} messages: {len(value)}")
-    return tuple(_message(m, f"messages[{i}]") for i, m in enumerate(value))
-
-
-def _message(value: object, where: str) -> dict[str, str]:
-    if not isinstance(value, dict):
-        refuse(where, f"{where} must be an object: {kind_of(value)}")
-    role = value.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        shown = repr(role[:40]) if isinstance(role, str) else kind_of(role)
-        refuse(f"{where}.role", f"{where}.role must be one of {', '.join(_ROLES)}: {shown}")
-    message = {"role": _ROLES[role], "content": _content(value.get("content"), f"{where}.content")}
-    for name, field in value.items():
-        if name in ("role", "content") or (name in _NULL_MESSAGE_FIELDS and field in (None, [])):
-            continue
-        if name != "name":
-            raise RequestError(
-                f"unsupported field: {where}.{name}", param=f"{where}.{name}", code="unknown_parameter"
-            )
-        if field is not None:
-            message["name"] = _string(field, f"{where}.name")
-    return message
-
-
-def _content(value: object, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        refuse(where, f"{where} must be a string or a list of text parts: {kind_of(value)}")
-    return "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
-
-
-def _part(value: object, where: str) -> str:
-    if not isinstance(value, dict):
-        refuse(where, f"{where} must be an object: {kind_of(value)}")
-    if value.get("type") != "text":
-        refuse(f"{where}.type", f"{where}.type: only 'text' is supported: {str(value.get('type'))[:40]!r}")
-    unknown = next((name for name in value if name not in ("type", "text")), None)
-    if unknown is not None:
-        refuse(f"{where}.{unknown}", f"unsupported field: {where}.{unknown}")
-    return _string(value.get("text"), f"{where}.text")
-
-
-def _string(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        refuse(where, f"{where} must be a string: {kind_of(value)}")
-    return value

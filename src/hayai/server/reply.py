@@ -77,6 +77,7 @@ class Choice:
     reasoning: list[str] = field(default_factory=list)
     tool_calls: dict[int, CollectedCall] = field(default_factory=dict)
     token_ids: list[int] = field(default_factory=list)
+    reasoning_tokens: int = 0
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
     finish_reason: str | None = None
@@ -90,6 +91,8 @@ class Choice:
         self.logprobs.extend(chunk.logprobs)
         if chunk.reasoning:
             self.reasoning.append(chunk.reasoning)
+            if not chunk.text:
+                self.reasoning_tokens += len(chunk.token_ids)
         for delta in chunk.tool_calls:
             self.tool_calls.setdefault(delta.call_index, CollectedCall()).add(delta)
         if chunk.prompt_logprobs is not None:
