@@ -186,7 +186,7 @@ def test_what_has_no_effect_is_told(claude: Anthropic) -> None:
         max_tokens=12,
     )
     warnings = raw.headers.get_list("x-hayai-warning")
-    assert [w.partition(":")[0] for w in warnings] == ["speed", "thinking.budget_tokens"]
+    assert [w.partition(":")[0] for w in warnings] == ["metadata", "speed", "thinking.budget_tokens"]
 
 
 def test_beta_client(claude: Anthropic) -> None:

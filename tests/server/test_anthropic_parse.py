@@ -158,6 +158,12 @@ def test_thinking_is_the_templates_switch(thinking: Any, template_args: dict[str
     assert any("budget_tokens" in w for w in job.warnings) == (thinking is not None and len(thinking) == 2)
 
 
+def test_effort_goes_to_a_template_that_knows_it() -> None:
+    body = {"max_tokens": 1, "messages": HELLO, "output_config": {"effort": "low"}}
+    job, _ = parse_messages(orjson.dumps(body), LIMITS, template_knows_effort=True)
+    assert job.prompts[0].template_args["reasoning_effort"] == "low" and not job.warnings
+
+
 def test_thinking_may_be_left_out_of_the_answer() -> None:
     assert parse(thinking={"type": "adaptive", "display": "omitted"}).extra["form"].show_thinking is False
 
@@ -177,7 +183,7 @@ def test_no_tokens_only_fills_the_cache() -> None:
 
 def test_what_changes_no_token_is_accepted_and_what_might_is_told() -> None:
     job = parse(
-        metadata={"user_id": "u"},
+        metadata={},
         service_tier="auto",
         cache_control={"type": "ephemeral"},
         speed="standard",
@@ -187,6 +193,8 @@ def test_what_changes_no_token_is_accepted_and_what_might_is_told() -> None:
     )
     assert job.warnings == ()
     job = parse(
+        metadata={"user_id": "u"},
+        service_tier="priority",
         speed="fast",
         inference_geo="eu",
         output_config={"effort": "low"},
@@ -196,7 +204,9 @@ def test_what_changes_no_token_is_accepted_and_what_might_is_told() -> None:
     assert sorted(w.partition(":")[0] for w in job.warnings) == [
         "diagnostics",
         "inference_geo",
+        "metadata",
         "output_config.effort",
+        "service_tier",
         "speed",
         "tools[0].input_examples",
     ]
@@ -300,7 +310,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("top_k", {"top_k": 1.5}, "found 1.5"),
     ("stop_sequences", {"stop_sequences": "x"}, "found a string"),
     ("stop_sequences", {"stop_sequences": ["x"] * 17}, "at most 16"),
-    ("stop_sequences[1]", {"stop_sequences": ["x", ""]}, "1 to 4096 bytes"),
+    ("stop_sequences", {"stop_sequences": ["x", ""]}, "must not be empty"),
+    ("stop_sequences", {"stop_sequences": ["x" * 4000, "y" * 97]}, "at most 4096 bytes in all"),
     ("stream", {"stream": "yes"}, "found a string"),
     ("n", {"n": 2}, "unknown field"),
     ("stop", {"stop": ["x"]}, "unknown field"),
@@ -330,6 +341,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("tools[0].input_schema", {"tools": [{"name": "f"}]}, "required"),
     ("tools[0].input_schema", {"tools": [{"name": "f", "input_schema": []}]}, "an empty list"),
     ("tools[0].input_schema.type", {"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "object"),
+    ("tools[0].input_schema", {"tools": [{"name": "f", "input_schema": {"enum": ["x" * 300_000]}}]}, "bytes"),
+    (
+        "output_config.format.schema",
+        {"output_config": {"format": {"type": "json_schema", "schema": {"enum": ["x" * 300_000]}}}},
+        "bytes",
+    ),
+    ("cache_salt", {"cache_salt": "x" * 257}, "at most 256"),
     ("tools[0].parameters", {"tools": [WEATHER | {"parameters": {}}]}, "unknown field"),
     ("tools[0].defer_loading", {"tools": [WEATHER | {"defer_loading": True}]}, "not searched"),
     ("tools[1].name", {"tools": [WEATHER, WEATHER]}, "two tools"),

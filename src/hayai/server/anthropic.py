@@ -2,7 +2,7 @@
 
 Scalars are checked by pydantic in strict mode; system, messages (anthropic_messages.py) and tools by hand, so
 that an error names the exact place. Answers are written by anthropic_replies.py. Extensions, all optional:
-seed, min_p, repetition_penalty, ignore_eos, timings.
+seed, min_p, repetition_penalty, ignore_eos, cache_salt, timings.
 
 Where the same word means something else here: cache_control is accepted and changes nothing, since the prefix
 of every prompt is cached; thinking that was not asked for is switched off where the model's template can.
@@ -32,13 +32,15 @@ from hayai.server.anthropic_replies import AnswerForm
 from hayai.server.bodies import FieldTable, read_object, validate
 from hayai.server.fields import kind_of, refuse
 from hayai.server.job import Job
+from hayai.server.openai_tools import check_schema
 
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 
 FIELDS = FieldTable(
-    ignored=frozenset({"metadata", "service_tier"}),
     warned={
+        "metadata": ("end users are not tracked", ({}, {"user_id": None})),
+        "service_tier": ("there is one tier; priority belongs to the key", ("auto", "standard_only")),
         "diagnostics": ("cache misses are not explained", ()),
         "inference_geo": ("the model runs where this server runs", ("not_available", "global")),
         "speed": ("there is one speed, the fastest", ("standard",)),
@@ -141,6 +143,7 @@ class MessagesRequest(CountTokensRequest):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
+    cache_salt: Annotated[str, Field(max_length=256)] = ""
     timings: bool = False
 
 
@@ -155,21 +158,25 @@ class AskedPrompt:
     warnings: tuple[str, ...]
 
 
-def parse_messages(raw: bytes, limits: LimitsConfig) -> tuple[Job, str | None]:
+def parse_messages(
+    raw: bytes, limits: LimitsConfig, *, template_knows_effort: bool = False
+) -> tuple[Job, str | None]:
     """A body of /v1/messages as a Job, and how its answer begins where the client says so.
 
     RequestError names the field at fault.
     """
     fields, warnings = FIELDS.sort(read_object(raw), MessagesRequest.model_fields)
     body = validate(MessagesRequest, fields)
-    asked = _asked(body, limits, warnings)
-    form = _format(body)
-    if form is not None and asked.prefill is not None:
+    asked = _asked(body, limits, warnings, template_knows_effort)
+    constraint = _constraint(body, limits)
+    if constraint is not None and asked.prefill is not None:
         refuse("messages", "an answer in a given format can't be continued: end with a turn of the user's")
-    options = asked.options
-    if form is not None or body.max_tokens == 0:
-        constraint = None if form is None else Constraint("json_schema", form.json_schema)
-        options = replace(options, constraint=constraint, generate=body.max_tokens > 0)
+    options = replace(
+        asked.options,
+        constraint=constraint,
+        generate=body.max_tokens > 0,
+        cache_salt=body.cache_salt,
+    )
     shown = body.thinking is None or body.thinking.display != "omitted"
     job = Job(
         dialect="anthropic",
@@ -186,30 +193,44 @@ def parse_messages(raw: bytes, limits: LimitsConfig) -> tuple[Job, str | None]:
     return job, asked.prefill
 
 
-def parse_count(raw: bytes, limits: LimitsConfig) -> AskedPrompt:
+def parse_count(raw: bytes, limits: LimitsConfig, *, template_knows_effort: bool = False) -> AskedPrompt:
     """A body of /v1/messages/count_tokens. RequestError names the field at fault."""
     fields, warnings = FIELDS.sort(read_object(raw), CountTokensRequest.model_fields)
-    return _asked(validate(CountTokensRequest, fields), limits, warnings)
+    return _asked(validate(CountTokensRequest, fields), limits, warnings, template_knows_effort)
 
 
-def _asked(body: CountTokensRequest, limits: LimitsConfig, warnings: list[str]) -> AskedPrompt:
+def _asked(
+    body: CountTokensRequest, limits: LimitsConfig, warnings: list[str], template_knows_effort: bool
+) -> AskedPrompt:
     """What both bodies share: the conversation, the tools, whether to think."""
     check_cache_control(body.cache_control, "cache_control")
     conversation = read_conversation(body.system, body.messages, limits.max_messages)
-    tools = _tools(body.tools, limits.max_tools, warnings)
+    tools = _tools(body.tools, limits, warnings)
     options = _options(tools, body.tool_choice)
+    if body.thinking is not None and body.thinking.budget_tokens is not None:
+        warnings.append("thinking.budget_tokens: thinking ends by itself, or at max_tokens")
+    args: dict[str, object] = {}
+    thinks = _THINKS["disabled" if body.thinking is None else body.thinking.type]
+    if thinks is not None:
+        args = dict.fromkeys(_SWITCHES, thinks)
     if body.output_config is not None and body.output_config.effort is not None:
-        warnings.append("output_config.effort: the effort of reasoning can't be set")
-    template_args: dict[str, object] = {"enable_thinking": False, "thinking": False}
-    if body.thinking is not None:
-        if body.thinking.budget_tokens is not None:
-            warnings.append("thinking.budget_tokens: thinking ends by itself, or at max_tokens")
-        if body.thinking.type == "adaptive":
-            template_args = {}
-        elif body.thinking.type != "disabled":
-            template_args = {"enable_thinking": True, "thinking": True}
-    prompt = Prompt(messages=conversation.messages, template_args=template_args)
+        if template_knows_effort:
+            args["reasoning_effort"] = body.output_config.effort
+        else:
+            warnings.append("output_config.effort: this model's chat template has no levels of reasoning")
+    prompt = Prompt(messages=conversation.messages, template_args=args)
     return AskedPrompt(body.model, prompt, options, conversation.prefill, tuple(warnings))
+
+
+_SWITCHES = ("enable_thinking", "thinking")
+"""What chat templates call the variable that switches thinking on and off."""
+_THINKS: Mapping[str, bool | None] = {
+    "enabled": True,
+    "between_tools": True,
+    "adaptive": None,
+    "disabled": False,
+}
+"""thinking.type -> the switch; None leaves it to the template."""
 
 
 def _options(tools: tuple[Tool, ...], choice: ToolChoiceBody | None) -> RequestOptions:
@@ -241,14 +262,13 @@ _TOOL_CHOICES: Mapping[str, ToolChoice] = {
 }
 
 _TOOL_FIELDS = FieldTable(
-    ignored=frozenset({"eager_input_streaming"}),
     warned={"input_examples": ("examples are not shown to the model", ([],))},
     refused={
         "defer_loading": ("tools are not searched for here", (False,)),
         "allowed_callers": ("only the model itself calls tools", (["direct"], [])),
     },
 )
-"""Fields of a tool that `_ToolBody` does not have. Arguments are always streamed as they are written."""
+"""Fields of a tool that `_ToolBody` does not have."""
 
 
 class _ToolBody(BaseModel):
@@ -260,27 +280,28 @@ class _ToolBody(BaseModel):
     strict: bool = False
     type: str = "custom"
     cache_control: Any = None
+    eager_input_streaming: bool = True  # arguments are always streamed as they are written
 
 
-def _tools(value: object, max_tools: int, warnings: list[str]) -> tuple[Tool, ...]:
+def _tools(value: object, limits: LimitsConfig, warnings: list[str]) -> tuple[Tool, ...]:
     """The tools that the client offers. RequestError for one that only Anthropic's own servers have."""
     if value is None:
         return ()
     if not isinstance(value, list):
         refuse("tools", f"tools must be a list: {kind_of(value)}")
-    if len(value) > max_tools:
-        refuse("tools", f"at most {max_tools} tools: {len(value)}")
+    if len(value) > limits.max_tools:
+        refuse("tools", f"at most {limits.max_tools} tools: {len(value)}")
     tools: dict[str, Tool] = {}
     for i, item in enumerate(value):
         where = f"tools[{i}]"
-        tool = _tool(item, where, warnings)
+        tool = _tool(item, where, limits, warnings)
         if tool.name in tools:
             refuse(f"{where}.name", f"{where}.name: two tools have the name {tool.name!r}")
         tools[tool.name] = tool
     return tuple(tools.values())
 
 
-def _tool(value: object, where: str, warnings: list[str]) -> Tool:
+def _tool(value: object, where: str, limits: LimitsConfig, warnings: list[str]) -> Tool:
     if not isinstance(value, dict):
         refuse(where, f"{where} must be an object: {kind_of(value)}")
     kind = value.get("type")
@@ -292,6 +313,7 @@ def _tool(value: object, where: str, warnings: list[str]) -> Tool:
     body = validate(_ToolBody, fields, where)
     if not _TOOL_NAME.fullmatch(body.name):
         refuse(f"{where}.name", f"{where}.name must match {_TOOL_NAME.pattern}: {body.name[:40]!r}")
+    check_schema(body.input_schema, f"{where}.input_schema", limits)
     if body.input_schema.get("type", "object") != "object":
         refuse(f"{where}.input_schema.type", f"{where}.input_schema.type must be 'object'")
     check_cache_control(body.cache_control, f"{where}.cache_control")
@@ -299,12 +321,15 @@ def _tool(value: object, where: str, warnings: list[str]) -> Tool:
     return Tool(body.name, body.description, body.input_schema, body.strict)
 
 
-def _format(body: MessagesRequest) -> JsonFormat | None:
+def _constraint(body: MessagesRequest, limits: LimitsConfig) -> Constraint | None:
     """The form of the answer; `output_format` is the name that the API's beta had for it."""
     new = None if body.output_config is None else body.output_config.format
     if new is not None and body.output_format is not None:
         refuse("output_format", "output_format and output_config.format are the same; give one of them")
-    return new or body.output_format
+    for form, where in ((new, "output_config.format.schema"), (body.output_format, "output_format.schema")):
+        if form is not None:
+            return Constraint("json_schema", check_schema(form.json_schema, where, limits))
+    return None
 
 
 def _sampling(body: MessagesRequest, limits: LimitsConfig) -> SamplingParams:
@@ -325,9 +350,8 @@ def _stop_sequences(texts: list[str], limits: LimitsConfig) -> tuple[str, ...]:
     most = min(limits.max_stop_strings, MAX_STOP_STRINGS)
     if len(texts) > most:
         refuse("stop_sequences", f"at most {most} stop_sequences: {len(texts)}")
-    for i, text in enumerate(texts):
-        size = len(text.encode())
-        if not 1 <= size <= limits.max_stop_bytes:
-            where = f"stop_sequences[{i}]"
-            refuse(where, f"{where} must have 1 to {limits.max_stop_bytes} bytes: {size}")
+    if "" in texts:
+        refuse("stop_sequences", "stop_sequences must not be empty strings")
+    if sum(len(text.encode()) for text in texts) > limits.max_stop_bytes:
+        refuse("stop_sequences", f"stop_sequences: at most {limits.max_stop_bytes} bytes in all")
     return tuple(texts)

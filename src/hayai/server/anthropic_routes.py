@@ -35,6 +35,8 @@ def routes(context: ServerContext) -> list[BaseRoute]:
 class _Anthropic:
     def __init__(self, context: ServerContext) -> None:
         self.context = context
+        template = context.frontend.loaded.chat_template
+        self.knows_effort = template is not None and "reasoning_effort" in template.source
 
     @takes(MessagesRequest)
     async def messages(self, request: Request) -> Response:
@@ -42,7 +44,7 @@ class _Anthropic:
         context, arrived = self.context, time.monotonic()
         principal = context.access.authenticate(request.headers)
         raw = await read_body(request, context.config.max_body_bytes)
-        job, prefill = parse_messages(raw, context.config.limits)
+        job, prefill = parse_messages(raw, context.config.limits, template_knows_effort=self.knows_effort)
         if prefill is not None:
             context.resolve_model(job.model, principal)
             (prompt,) = job.prompts
@@ -56,7 +58,7 @@ class _Anthropic:
         context = self.context
         principal = context.access.authenticate(request.headers)
         raw = await read_body(request, context.config.max_body_bytes)
-        asked = parse_count(raw, context.config.limits)
+        asked = parse_count(raw, context.config.limits, template_knows_effort=self.knows_effort)
         context.resolve_model(asked.model, principal)
         ids = await asyncio.to_thread(self._encode, asked.prompt, asked.options, asked.prefill)
         return json_response({"input_tokens": len(ids)})

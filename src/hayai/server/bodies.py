@@ -20,13 +20,11 @@ Body = TypeVar("Body", bound=BaseModel)
 class FieldTable:
     """What a dialect does with the fields of a body that its model does not have.
 
-    ignored: accepted with any value; they name users, store transcripts or choose a price, and change no
-    token. warned: accepted without effect, and the answer says so; field -> (what is not done, values that
-    ask for nothing). refused: field -> (reason, values that ask for nothing). null never asks for anything.
+    warned: accepted without effect, and the answer says so; field -> (what is not done, values that ask for
+    nothing). refused: field -> (reason, values that ask for nothing). null never asks for anything.
     Everything else is unknown, and an error.
     """
 
-    ignored: frozenset[str] = frozenset()
     warned: Mapping[str, tuple[str, tuple[object, ...]]] = field(default_factory=dict)
     refused: Mapping[str, tuple[str, tuple[object, ...]]] = field(default_factory=dict)
 
@@ -54,7 +52,7 @@ class FieldTable:
                 reason, harmless = self.warned[name]
                 if _asks(value, harmless):
                     warnings.append(f"{path}: {reason}")
-            elif name not in self.ignored:
+            else:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise RequestError(f"unknown field: {path}{hint}", param=path, code="unknown_parameter")
