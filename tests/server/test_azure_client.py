@@ -88,6 +88,14 @@ def test_models_and_deployments(azure: AzureOpenAI, http: httpx.Client) -> None:
     assert http.get("/openai/deployments/none", params=query).json()["error"]["code"] == "DeploymentNotFound"
 
 
+def test_files_at_both_paths(azure: AzureOpenAI, server: ServerProcess) -> None:
+    line = b'{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {}}'
+    file = azure.files.create(file=("b.jsonl", line), purpose="batch")
+    with OpenAI(base_url=f"{server.url}/openai/v1/", api_key="none", max_retries=0) as v1:
+        assert v1.files.retrieve(file.id).bytes == len(line)
+    assert azure.files.delete(file.id).deleted
+
+
 def test_errors_are_azures(azure: AzureOpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="served here: tiny-chat") as caught:
         chat_text(azure, model="gpt-9")

@@ -68,15 +68,16 @@ def create_app(frontend: Frontend, config: ServerConfig, access: Access | None =
         count_refusal(context, error)
         return await answer_error(request, error)
 
+    routes = [
+        *ops.routes(context, runner),
+        Route("/openapi.json", _openapi),
+        *(route for surface in SURFACES for route in surface(context)),
+        *files.routes(context, runner.store),
+        *batches.routes(context, runner),
+    ]
     app = Starlette(
         lifespan=lifespan,
-        routes=[
-            *ops.routes(context, runner),
-            Route("/openapi.json", _openapi),
-            *(route for surface in SURFACES for route in surface(context)),
-            *files.routes(context, runner.store),
-            *batches.routes(context, runner),
-        ],
+        routes=[*routes, *azure.repeated(routes)],
         exception_handlers={
             ApiError: refuse,
             RequestError: refuse,

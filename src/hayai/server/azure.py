@@ -12,7 +12,7 @@ results: nothing is filtered, and the official clients do without.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -21,7 +21,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from hayai.server import openai_routes
 from hayai.server.access import Principal
 from hayai.server.context import ServerContext
 from hayai.server.errors import ApiError
@@ -35,33 +34,36 @@ _Endpoint = Callable[[Request], Awaitable[Response]]
 _DEPLOYMENTS = "/openai/deployments"
 _PER_DEPLOYMENT = ("/v1/chat/completions", "/v1/completions")
 """What Azure's dated API serves below a deployment, and not beside it."""
-
-SHARED = (openai_routes.routes,)
-"""The surfaces that /openai/v1 repeats, and /openai too where a request says its api-version."""
+_ANTHROPICS = "/v1/messages"
 
 
 def routes(context: ServerContext) -> list[BaseRoute]:
     """The routes of this surface."""
     azure = _Azure(context)
     below = _DEPLOYMENTS + "/{deployment:path}"
-    own: list[BaseRoute] = [
+    return [
         Route(below + "/chat/completions", _versioned(azure.chat_completions), methods=["POST"]),
         Route(below + "/completions", _versioned(azure.completions), methods=["POST"]),
         Route(_DEPLOYMENTS, _versioned(azure.deployments)),
         Route(below, _versioned(azure.deployment)),
         Route(below, _versioned(azure.other_operation), methods=["POST"]),
     ]
-    return own + [repeated for surface in SHARED for route in surface(context) for repeated in _repeat(route)]
 
 
-def _repeat(route: BaseRoute) -> list[BaseRoute]:
-    """OpenAI's route at Azure's places."""
-    assert isinstance(route, Route)
-    path, methods = route.path, sorted(route.methods or ())
-    again: list[BaseRoute] = [Route("/openai" + path, route.endpoint, methods=methods)]
-    if path not in _PER_DEPLOYMENT:
-        dated = "/openai" + path.removeprefix("/v1")
-        again.append(Route(dated, _versioned(route.endpoint), methods=methods))
+def repeated(routes: Sequence[BaseRoute]) -> list[BaseRoute]:
+    """OpenAI's routes among `routes` at Azure's places: below /openai/v1, and below /openai for requests that
+    say their api-version."""
+    again: list[BaseRoute] = []
+    for route in routes:
+        if not isinstance(route, Route) or not route.path.startswith("/v1/"):
+            continue
+        if route.path.startswith(_ANTHROPICS):
+            continue
+        path, methods = route.path, sorted(route.methods or ())
+        again.append(Route("/openai" + path, route.endpoint, methods=methods))
+        if path not in _PER_DEPLOYMENT:
+            dated = "/openai" + path.removeprefix("/v1")
+            again.append(Route(dated, _versioned(route.endpoint), methods=methods))
     return again
 
 
