@@ -28,6 +28,7 @@ BENCH = ("", "errors", "config", "frontend")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
     "config": ("errors",),
+    "config_file": ("errors", "config"),
     "formats": ("errors",),
     "plan": BOTTOM,
     "weights": (*BOTTOM, "plan"),

@@ -1,10 +1,11 @@
 """All configuration: frozen dataclasses, resolved once. The only reader of the environment.
 
 Environment variables (all of them):
-  HAYAI_HOME     folder of downloaded models and caches (default: ~/.cache/hayai)
-  HAYAI_THREADS  default number of compute threads
-  HAYAI_ISA      lower the instruction set for tests: 'scalar', 'avx2', 'avx512' (never raises it)
-  HAYAI_DATA     folder of evaluation data
+  HAYAI_HOME      folder of downloaded models and caches (default: ~/.cache/hayai)
+  HAYAI_THREADS   default number of compute threads
+  HAYAI_ISA       lower the instruction set for tests: 'scalar', 'avx2', 'avx512' (never raises it)
+  HAYAI_DATA      folder of evaluation data
+  HAYAI_DATABASE  URL of keys and usage ledger (its password does not belong on a command line)
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ from hayai.errors import ConfigError
 
 @dataclass(frozen=True)
 class Environment:
-    """What the environment says, read once."""
+    """What the environment says, read once. home: what can be fetched or made again (models, caches). state:
+    what can't (keys, ledger, stored responses): in HAYAI_HOME too where that is set, else where XDG says."""
 
     home: Path
     threads: int | None
     isa: str | None
     data: Path | None
+    state: Path
+    database: str | None
 
 
 def read_environment(env: Mapping[str, str] | None = None) -> Environment:
     """Read the HAYAI_* variables; an unknown one or a bad value is a ConfigError."""
     env = os.environ if env is None else env
-    known = {"HAYAI_HOME", "HAYAI_THREADS", "HAYAI_ISA", "HAYAI_DATA"}
+    known = {"HAYAI_HOME", "HAYAI_THREADS", "HAYAI_ISA", "HAYAI_DATA", "HAYAI_DATABASE"}
     unknown = sorted(k for k in env if k.startswith("HAYAI_") and k not in known)
     if unknown:
         raise ConfigError(f"unknown environment variable {unknown[0]}; known: {', '.join(sorted(known))}")
@@ -41,8 +45,17 @@ def read_environment(env: Mapping[str, str] | None = None) -> Environment:
     if isa is not None and isa not in ("scalar", "avx2", "avx512"):
         raise ConfigError(f"HAYAI_ISA must be scalar, avx2 or avx512: {isa!r}")
     data = env.get("HAYAI_DATA")
-    home = env.get("HAYAI_HOME") or str(Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hayai")
-    return Environment(Path(home), int(threads) if threads else None, isa, Path(data) if data else None)
+    home = env.get("HAYAI_HOME")
+    cache = env.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    state = env.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Environment(
+        home=Path(home) if home else Path(cache) / "hayai",
+        threads=int(threads) if threads else None,
+        isa=isa,
+        data=Path(data) if data else None,
+        state=Path(home) / "state" if home else Path(state) / "hayai",
+        database=env.get("HAYAI_DATABASE") or None,
+    )
 
 
 @dataclass(frozen=True)
@@ -187,3 +200,12 @@ class ServerConfig:
     log_requests: Path | None = None
     read_bandwidth: float | None = None
     metrics_tenant: str | None = None
+
+
+def hide_password(url: str) -> str:
+    """A database's URL as it may be printed: without its password, wherever that stands."""
+    scheme, found, rest = url.partition("://")
+    login, at, host = rest.rpartition("@")
+    user, colon, _ = login.partition(":")
+    host = host.partition("?")[0]  # options may hold a password as well
+    return f"{scheme}://{user}{':***' if colon else ''}{at}{host}" if found else url

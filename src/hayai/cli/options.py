@@ -104,18 +104,23 @@ def load(
     chat: bool = True,
     **more: Any,
 ) -> LoadedModel:
-    """Load what the options say, with a progress bar where it takes long. chat: see load_model; `more`:
-    EngineConfig fields."""
+    """Load what the options say. chat: see load_model; `more`: EngineConfig fields."""
+    config = EngineConfig(
+        model=model, backend=backend, threads=threads, isa=isa, context_length=context, **more
+    )
+    return load_engine(config, pull=pull, chat=chat)
+
+
+def load_engine(config: EngineConfig, *, pull: bool = False, chat: bool = True) -> LoadedModel:
+    """Load a model, with a progress bar where it takes long. pull: fetch the default model if it is missing.
+    chat: see load_model."""
     home = read_environment().home
-    missing = model == "default" and not default_model_path(home).is_file()
+    missing = config.model == "default" and not default_model_path(home).is_file()
     if missing and not pull:
         raise ModelError(
             f"the default model is not in the cache: {default_model_path(home)}\n"
             "hint: run `hayai pull` to fetch it, or name a file: --model PATH.gguf"
         )
-    config = EngineConfig(
-        model=model, backend=backend, threads=threads, isa=isa, context_length=context, **more
-    )
     with Progress() as progress:
         if missing:
             pull_default(home, progress)

@@ -3,83 +3,252 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 import hayai
 from hayai.cli.console import note
-from hayai.cli.options import engine_options, load
-from hayai.config import ServerConfig
-from hayai.frontend import Frontend
+from hayai.cli.options import engine_options, load_engine
+from hayai.config import EngineConfig, ServerConfig, read_environment
+from hayai.config_file import Resolved, resolve
+from hayai.frontend import EngineError, Frontend
 from hayai.load import LoadedModel
+from hayai.server.access import Access, open_access
 from hayai.server.app import create_app
-from hayai.server.run import bind, serve, url_of
+from hayai.server.request_log import RequestLog
+from hayai.server.run import bind, is_loopback, make_server, serve, url_of
+from hayai.server.tls import certificate_of
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+SECONDS = click.FloatRange(min=0.0)
+
+
+class SettingOption(click.Option):
+    """An option that sets `setting` of the configuration. Its default is said, not given: a file may have
+    another."""
+
+    def __init__(self, *names: Any, setting: str, said: Any = None, **options: Any) -> None:
+        if said is not None:
+            options["help"] += f"  [default: {said}]"
+        super().__init__(*names, **options)
+        self.setting = setting
+
+
+def _flag(*names: str, **options: Any) -> Callable[..., Any]:
+    return click.option(*names, cls=SettingOption, default=None, **options)
+
+
+FLAGS = (
+    _flag("--host", setting="server.host", said=ServerConfig.host, help="Address to listen on."),
+    _flag(
+        "--port",
+        "-p",
+        type=click.IntRange(0, 65535),
+        setting="server.port",
+        said=ServerConfig.port,
+        help="Port to listen on; 0 = any free one.",
+    ),
+    _flag(
+        "--max-sequences",
+        type=click.IntRange(1, 1024),
+        setting="engine.max_sequences",
+        said=EngineConfig.max_sequences,
+        help="Answers that are made at the same time; more wait.",
+    ),
+    _flag(
+        "--max-waiting",
+        type=click.IntRange(min=0),
+        setting="server.max_waiting",
+        said="half of --max-sequences",
+        help="Answers that may wait; more are refused with 429.",
+    ),
+    _flag(
+        "--queue-seconds",
+        type=SECONDS,
+        setting="server.queue_seconds",
+        said=ServerConfig.queue_seconds,
+        help="Longest estimated wait; more is refused with 429.",
+    ),
+    _flag(
+        "--request-timeout",
+        type=SECONDS,
+        setting="server.request_timeout",
+        said="none",
+        help="Seconds after which a request ends.",
+    ),
+    _flag(
+        "--drain-seconds",
+        type=SECONDS,
+        setting="server.drain_seconds",
+        said=ServerConfig.drain_seconds,
+        help="How long running requests may take to end after SIGTERM.",
+    ),
+    _flag(
+        "--prefix-cache/--no-prefix-cache",
+        setting="engine.prefix_cache",
+        said="on",
+        help="Keep the KV of finished requests for prompts that begin alike.",
+    ),
+    _flag(
+        "--kv-format",
+        type=click.Choice(("f16", "q8")),
+        setting="engine.kv_format",
+        said=EngineConfig.kv_format,
+        help="Precision of the KV cache.",
+    ),
+    _flag(
+        "--kv-bytes",
+        type=click.IntRange(min=1),
+        setting="engine.kv_bytes",
+        said="room for the context of a few requests",
+        help="Memory of the KV cache.",
+    ),
+    _flag(
+        "--database",
+        metavar="URL",
+        setting="database.url",
+        said="hayai.db in the state folder, if it exists",
+        help="Keys and usage: a SQLite file, or postgresql://USER@HOST/NAME.",
+    ),
+    _flag(
+        "--require-keys/--no-require-keys",
+        setting="server.require_keys",
+        said="as soon as the database has one",
+        help="Whether requests need a key.",
+    ),
+    _flag(
+        "--state-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        setting="server.state_dir",
+        said="~/.local/state/hayai",
+        help="Folder of keys, usage, stored responses, batches.",
+    ),
+    _flag("--tls-cert", type=FILE, setting="tls.cert", help="PEM file: certificate, and its chain."),
+    _flag("--tls-key", type=FILE, setting="tls.key", help="PEM file: the certificate's key."),
+    _flag(
+        "--log-requests",
+        type=FILE,
+        setting="server.log_requests",
+        said="nobody keeps them",
+        help="Write every prompt and answer to this file, as JSON lines.",
+    ),
+)
+
+ENGINE_FLAGS = {
+    "model": "engine.model",
+    "threads": "engine.threads",
+    "context": "engine.context_length",
+    "isa": "engine.isa",
+    "backend": "engine.backend",
+}
+"""Parameter of cli/options.py -> setting."""
+
+
+def _server_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(FLAGS):
+        function = option(function)
+    return function
 
 
 @click.command()
-@click.option("--host", default=ServerConfig.host, show_default=True, help="Address to listen on.")
+@click.option("--config", "-c", "file", type=FILE, help="Configuration file (TOML); flags override it.")
+@_server_options
 @click.option(
-    "--port",
-    "-p",
-    type=click.IntRange(0, 65535),
-    default=ServerConfig.port,
-    show_default=True,
-    help="Port to listen on; 0 = any free one.",
-)
-@click.option("--allow-remote", is_flag=True, help="Allow a --host that other machines can reach (no keys!).")
-@click.option(
-    "--max-sequences",
-    type=click.IntRange(1, 1024),
-    default=16,
-    show_default=True,
-    help="Requests that run at the same time; more wait.",
+    "--alias",
+    "aliases",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="Serve MODEL ('default') to clients that ask for NAME; may be repeated.",
 )
 @click.option(
-    "--max-waiting",
-    type=click.IntRange(min=1),
-    default=ServerConfig.max_waiting,
-    show_default=True,
-    help="Requests in flight before new ones get 503.",
+    "--allow-remote", is_flag=True, help="Allow a --host that other machines can reach, without keys."
 )
 @engine_options
 def command(
-    host: str, port: int, allow_remote: bool, max_sequences: int, max_waiting: int, **engine: Any
+    file: Path | None,
+    aliases: tuple[str, ...],
+    allow_remote: bool,
+    pull: bool,
+    **options: Any,
 ) -> None:
-    """Serve a model with OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
+    """Serve a model with OpenAI's, Anthropic's and Azure's API; what there is: GET /openapi.json.
 
-    Streams, log-probabilities, seeds and usage as OpenAI's; extensions: top_k, min_p,
-    repetition_penalty, ignore_eos, stop_token_ids, timings. /health and /ready for supervisors.
-    Ctrl-C stops running requests at the next token.
+    /health, /ready and /metrics are for supervisors. Keys, limits and usage of tenants: `hayai keys` and
+    `hayai usage`. SIGTERM lets running requests end, Ctrl-C stops them at the next token.
     """
-    config = ServerConfig(host=host, port=port, max_waiting=max_waiting)
-    sock = bind(config, allow_remote=allow_remote)
-    with sock:
-        loaded = load(**engine, max_sequences=max_sequences)
-        frontend = Frontend(loaded)
-        url = url_of(sock)
-        print_configuration(loaded, config)
-        serve(create_app(frontend, config), sock, on_ready=lambda: click.echo(ready_text(url)))
+    resolved = resolve(read_environment(), file, _given(click.get_current_context()), _parse_aliases(aliases))
+    config = resolved.server
+    certificate = certificate_of(config)
+    with closing(open_access(config)) as access:
+        sock = bind(config, keyed=access.keyed, allow_remote=allow_remote)
+        with sock:
+            loaded = load_engine(resolved.engine, pull=pull)
+            frontend = Frontend(loaded)
+            url = url_of(sock, tls=certificate is not None)
+            print_configuration(loaded, resolved, access)
+            app = create_app(frontend, config, access)
+            if config.log_requests is not None:
+                app.add_middleware(RequestLog, path=config.log_requests)
+            server = make_server(
+                app,
+                lambda: click.echo(ready_text(url, access)),
+                certificate=certificate,
+                drain_seconds=config.drain_seconds,
+                alive=lambda: frontend.alive,
+            )
+            serve(server, sock)
+    if server.failed:
+        raise EngineError("the engine failed, so the server stopped; the lines above say why")
     note("stopped")
 
 
-def print_configuration(loaded: LoadedModel, config: ServerConfig) -> None:
-    """What was decided, one line each."""
-    rows = {"hayai": hayai.__version__, **loaded.describe()}
-    rows |= {"max_body_bytes": config.max_body_bytes, "max_waiting": config.max_waiting}
-    width = max(map(len, rows))
-    click.echo("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+def _given(context: click.Context) -> dict[str, tuple[str, Any]]:
+    """The flags that the user gave: setting -> (flag, value)."""
+    given = {}
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        setting = parameter.setting if isinstance(parameter, SettingOption) else ENGINE_FLAGS.get(name)
+        if setting is not None and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            given[setting] = (parameter.opts[0], context.params[name])
+    return given
 
 
-def ready_text(url: str) -> str:
+def _parse_aliases(texts: tuple[str, ...]) -> dict[str, str]:
+    parts = [text.partition("=") for text in texts]
+    for name, _, model in parts:
+        if not name or not model:
+            raise click.BadParameter(f"must be NAME=MODEL: {name!r}", param_hint="--alias")
+    return {name: model for name, _, model in parts}
+
+
+def print_configuration(loaded: LoadedModel, resolved: Resolved, access: Access) -> None:
+    """What was decided, one line each: of the model, then every setting with where it comes from."""
+    decided = {"hayai": hayai.__version__, **loaded.describe()}
+    decided["keys"] = "required" if access.keyed else "not required: any key is accepted"
+    rows = [(name, str(value), "") for name, value in decided.items()]
+    rows += [(name, value, f"  ({source})") for name, value, source in resolved.rows()]
+    width = max(len(name) for name, _, _ in rows)
+    click.echo("\n".join(f"{name:<{width}}  {value}{source}" for name, value, source in rows))
+    config = resolved.server
+    if not is_loopback(config.host) and config.tls_cert is None:
+        note(f"warning: {config.host} is served without TLS: keys and prompts can be read on their way")
+
+
+def ready_text(url: str, access: Access) -> str:
     """The address, and a line to try it with."""
     body = {
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
         "max_tokens": 64,
         "stream": True,
     }
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if access.keyed else ""
     return (
         f"\nlistening on {url} (Ctrl-C stops)\n\ntry it:\n"
-        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
         f"    -d '{json.dumps(body)}'\n"
     )

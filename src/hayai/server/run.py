@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import math
 import signal
 import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -20,9 +22,16 @@ from hayai.config import ServerConfig
 from hayai.errors import ConfigError
 from hayai.server.direct import TRANSPORT
 from hayai.server.errors import ApiError
+from hayai.server.tls import Certificate
 
 MAX_HEAD_BYTES = 64 << 10
 """Of a request's first line and headers together."""
+
+WATCH_SECONDS = 0.5
+RENEW_SECONDS = 60.0
+"""How often the engine, and the files of the certificate, are looked at."""
+CUT_SECONDS = 10.0
+"""How long clients have for the end of their answers, once work has stopped."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -37,15 +46,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def bind(config: ServerConfig, *, allow_remote: bool = False) -> socket.socket:
-    """A bound socket (port 0: the system chooses). ConfigError where it is taken, or open to the network.
+def bind(config: ServerConfig, *, keyed: bool = False, allow_remote: bool = False) -> socket.socket:
+    """A bound socket (port 0: the system chooses). ConfigError where it is taken, or where anybody on the
+    network could use the server: it asks for no keys, and `allow_remote` doesn't say that this is meant.
 
     Bound before the model is loaded, so that a port in use is known at once; it does not listen yet.
     """
-    if not allow_remote and not is_loopback(config.host):
+    if not keyed and not allow_remote and not is_loopback(config.host):
         raise ConfigError(
-            f"binding to {config.host} opens the server to the network, and it has no keys yet; "
-            "bind to 127.0.0.1, or say --allow-remote if that is what you want"
+            f"binding to {config.host} opens the server to the network, and it asks for no keys; make one "
+            "(hayai keys create), bind to 127.0.0.1, or say --allow-remote if that is what you want"
         )
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"port must be from 0 to 65535: {config.port}")
@@ -66,14 +76,26 @@ def bind(config: ServerConfig, *, allow_remote: bool = False) -> socket.socket:
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, *, tls: bool = False) -> str:
     """http://host:port of a bound socket."""
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def make_server(app: Starlette, on_ready: Callable[[], None] | None = None) -> HttpServer:
-    """A server for `app`, not started. `on_ready` is called when it accepts requests."""
+def make_server(
+    app: Starlette,
+    on_ready: Callable[[], None] | None = None,
+    *,
+    certificate: Certificate | None = None,
+    drain_seconds: float = ServerConfig.drain_seconds,
+    alive: Callable[[], bool] | None = None,
+) -> HttpServer:
+    """A server for `app`, not started. `on_ready` is called when it accepts requests.
+
+    drain_seconds: how long running requests may take to end after SIGTERM. alive: asked twice a second; once
+    it says no the server stops, and `failed` is true.
+    """
     config = uvicorn.Config(
         app,
         loop="uvloop" if _has_uvloop() else "asyncio",
@@ -86,16 +108,20 @@ def make_server(app: Starlette, on_ready: Callable[[], None] | None = None) -> H
         timeout_keep_alive=75,
         backlog=1024,
     )
-    return HttpServer(config, app, on_ready)
+    config.load()
+    if certificate is not None:
+        config.ssl = certificate.context
+    return HttpServer(config, app, on_ready, certificate, drain_seconds, alive)
 
 
-def serve(app: Starlette, sock: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM. The first stops all work at the next step, a second doesn't wait.
+def serve(server: HttpServer, sock: socket.socket) -> None:
+    """Serve until it is told to stop or its engine fails (`server.failed`).
 
-    ConfigError: somebody else listens on the port since it was bound.
+    SIGTERM: nothing new is accepted, what runs may end. SIGINT: all work stops at the next step. A second
+    signal doesn't wait for anything. ConfigError: somebody else listens on the port since it was bound.
     """
     try:
-        make_server(app, on_ready).run(sockets=[sock])
+        server.run(sockets=[sock])
     except OSError as error:
         raise ConfigError(f"can't listen on {url_of(sock)}: {error.strerror or error}") from None
 
@@ -147,19 +173,39 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server, which stops running requests at once and does not raise the signal again."""
+    """uvicorn's server, which knows how to stop, and does not raise the signal again."""
 
-    def __init__(self, config: uvicorn.Config, app: Starlette, on_ready: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: Starlette,
+        on_ready: Callable[[], None] | None,
+        certificate: Certificate | None,
+        drain_seconds: float,
+        alive: Callable[[], bool] | None,
+    ) -> None:
         super().__init__(config)
+        self.failed = False
+        """Whether it stopped because the engine did."""
         self._app = app
         self._on_ready = on_ready
+        self._certificate = certificate
+        self._drain_seconds = drain_seconds
+        self._alive = alive
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._start(self._watch())
         if self._on_ready is not None and self.started:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        for task in self._tasks:
+            task.cancel()
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -175,11 +221,53 @@ class HttpServer(uvicorn.Server):
 
     def stop(self) -> None:
         """Stop all work, answer what is in flight with an error, and return from `run`."""
-        self.should_exit = True
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._app.state.gate.close)
+        self._end(0.0)
+
+    def drain(self) -> None:
+        """Accept nothing new, let what runs end (at most `drain_seconds`), and return from `run`."""
+        self._end(self._drain_seconds)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self.force_exit = True  # the second time: don't wait for anything
-        self.stop()
+            self.stop()
+        else:
+            _ENDS[signal.Signals(sig)](self)
+
+    def _end(self, seconds: float) -> None:
+        """Stop what runs after so many seconds; connections that nobody reads are cut a little later."""
+        self.should_exit = True
+        self.config.timeout_graceful_shutdown = math.ceil(seconds + CUT_SECONDS)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._empty, seconds)
+
+    def _empty(self, seconds: float) -> None:
+        gate = self._app.state.gate
+        if seconds > 0.0:
+            self._start(gate.drain(seconds))
+        else:
+            gate.close()
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self) -> None:
+        """Half alive is worse than dead: a server without its engine stops, so that a supervisor sees it."""
+        seconds = 0.0
+        while not self.should_exit:
+            await asyncio.sleep(WATCH_SECONDS)
+            if self._alive is not None and not self._alive() and not self.should_exit:
+                self.failed = True
+                self.stop()
+            seconds += WATCH_SECONDS
+            if self._certificate is not None and seconds >= RENEW_SECONDS:
+                seconds = 0.0
+                self._certificate.refresh()
+
+
+_ENDS: Mapping[int, Callable[[HttpServer], None]] = {
+    signal.SIGTERM: HttpServer.drain,
+    signal.SIGINT: HttpServer.stop,
+}

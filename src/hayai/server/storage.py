@@ -40,6 +40,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from hayai.config import hide_password
 from hayai.errors import ConfigError
 from hayai.server.tenants import ApiKey, Limits, Snapshot, Tenant, check_name, digest_of, make_key
 
@@ -140,7 +141,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         parsed = parse_url(url)
-        self.url = shown_url(url)
+        self.url = hide_password(url)
         self.engine = _engine(parsed)
         # SQLite takes the lock at the start, or two transactions that read before they write could both fail
         self._writer = self.engine.execution_options(hayai_write=True)
@@ -292,14 +293,6 @@ def parse_url(url: str) -> URL:
     if scheme == "sqlite" and not parsed.database:
         raise ConfigError("a SQLite database needs a file: sqlite:///FILE")
     return parsed.set(drivername=_DRIVERS[scheme])
-
-
-def shown_url(url: str) -> str:
-    """The URL without its secrets, to be printed."""
-    parsed = parse_url(url)
-    hidden = {name: "***" for name in parsed.query if "pass" in name.lower() or "key" in name.lower()}
-    shown = parsed.update_query_dict(hidden).set(drivername=parsed.get_backend_name())
-    return shown.render_as_string(hide_password=True)
 
 
 def reason_of(error: BaseException) -> str:
