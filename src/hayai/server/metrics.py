@@ -120,6 +120,7 @@ COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 """name (without Prometheus' `_total`) -> (help, labels)."""
 
 Collect = Callable[[], Iterable["Metric"]]
+OnFinished = Callable[["RequestMeter", str, Usage | None, RequestTiming | None], None]
 
 
 class Metrics:
@@ -133,6 +134,8 @@ class Metrics:
         self._counters: dict[str, Counter[Labels]] = {name: Counter() for name in COUNTERS}
         self._histograms: dict[str, dict[Labels, Histogram]] = {name: {} for name in HISTOGRAMS}
         self._histograms["hayai_inter_token_seconds"][()] = self.inter_token
+        self.on_finished: OnFinished | None = None
+        """Told of every request that is over (tracing)."""
         self._tenants: set[str] = set()
         self._max_tenants = max_tenants
         self._collectors: list[Collect] = []
@@ -239,7 +242,17 @@ class Metrics:
 class RequestMeter:
     """One request's clock. `tokens` may be called as often as there are writes; `finished` counts once."""
 
-    __slots__ = ("_done", "_last", "_metrics", "arrived", "endpoint", "first", "num_tokens", "tenant")
+    __slots__ = (
+        "_done",
+        "_last",
+        "_metrics",
+        "arrived",
+        "endpoint",
+        "first",
+        "num_tokens",
+        "tenant",
+        "traceparent",
+    )
 
     def __init__(self, metrics: Metrics, endpoint: str, tenant: str, arrived: float) -> None:
         self._metrics = metrics
@@ -250,6 +263,7 @@ class RequestMeter:
         self.arrived = arrived
         self.first = 0.0
         self.num_tokens = 0
+        self.traceparent: str | None = None
 
     def first_token(self) -> None:
         """The first token is about to be written. Again: nothing. `tokens` does it where it was forgotten."""
@@ -293,6 +307,8 @@ class RequestMeter:
             metrics.observe("hayai_request_completion_tokens", usage.completion_tokens)
         if timing is not None and timing.scheduled:
             _observe_timing(metrics, timing)
+        if metrics.on_finished is not None:
+            metrics.on_finished(self, status, usage, timing)
 
 
 def _observe_timing(metrics: Metrics, timing: RequestTiming) -> None:
