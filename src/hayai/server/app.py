@@ -35,6 +35,7 @@ from hayai.server.openai_routes import json_response
 from hayai.server.ops import count_refusal
 from hayai.server.reply import token_bytes_of
 from hayai.server.schema import describe_api
+from hayai.server.tracing import open_tracer
 
 SURFACES: tuple[Callable[[ServerContext], list[BaseRoute]], ...] = (
     openai_routes.routes,
@@ -52,6 +53,10 @@ def create_app(frontend: Frontend, config: ServerConfig, access: Access | None =
     """
     context = make_context(frontend, config, access or Access.open())
     runner = _batch_runner(context)
+    tracer = None
+    if config.otlp_endpoint is not None:
+        tracer = open_tracer(config.otlp_endpoint, frontend.model_name)
+        context.metrics.on_finished = tracer.request
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
@@ -61,6 +66,8 @@ def create_app(frontend: Frontend, config: ServerConfig, access: Access | None =
         await runner.stop()
         frontend.close()
         context.access.close()
+        if tracer is not None:
+            tracer.close()
         if config.state_dir is None:
             shutil.rmtree(runner.store.folder, ignore_errors=True)
 

@@ -90,7 +90,9 @@ class Generation(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            deadline = self._gate.deadline(Headers(scope=scope), self._arrived)
+            headers = Headers(scope=scope)
+            self._meter.traceparent = headers.get("traceparent")
+            deadline = self._gate.deadline(headers, self._arrived)
             if deadline is not None:
                 self._options = replace(self._options, deadline=deadline)
             self._direct = self._direct_stream(scope)
