@@ -199,11 +199,11 @@ def command(
                 lambda: click.echo(ready_text(url, access)),
                 certificate=certificate,
                 drain_seconds=config.drain_seconds,
-                alive=lambda: frontend.alive,
+                failure=lambda: frontend.service.failure,
             )
             serve(server, sock)
-    if server.failed:
-        raise EngineError("the engine failed, so the server stopped; the lines above say why")
+    if server.failure is not None:
+        raise EngineError(f"the engine failed, so the server stopped: {server.failure}")
     note("stopped")
 
 

@@ -89,12 +89,12 @@ def make_server(
     *,
     certificate: Certificate | None = None,
     drain_seconds: float = ServerConfig.drain_seconds,
-    alive: Callable[[], bool] | None = None,
+    failure: Callable[[], str | None] | None = None,
 ) -> HttpServer:
     """A server for `app`, not started. `on_ready` is called when it accepts requests.
 
-    drain_seconds: how long running requests may take to end after SIGTERM. alive: asked twice a second; once
-    it says no the server stops, and `failed` is true.
+    drain_seconds: how long running requests may take to end after SIGTERM. failure: asked twice a second why
+    the engine has failed; once it says something other than None the server stops, and has it as `failure`.
     """
     config = uvicorn.Config(
         app,
@@ -111,11 +111,11 @@ def make_server(
     config.load()
     if certificate is not None:
         config.ssl = certificate.context
-    return HttpServer(config, app, on_ready, certificate, drain_seconds, alive)
+    return HttpServer(config, app, on_ready, certificate, drain_seconds, failure)
 
 
 def serve(server: HttpServer, sock: socket.socket) -> None:
-    """Serve until it is told to stop or its engine fails (`server.failed`).
+    """Serve until it is told to stop or its engine fails (`server.failure`).
 
     SIGTERM: nothing new is accepted, what runs may end. SIGINT: all work stops at the next step. A second
     signal doesn't wait for anything. ConfigError: somebody else listens on the port since it was bound.
@@ -182,16 +182,16 @@ class HttpServer(uvicorn.Server):
         on_ready: Callable[[], None] | None,
         certificate: Certificate | None,
         drain_seconds: float,
-        alive: Callable[[], bool] | None,
+        failure: Callable[[], str | None] | None,
     ) -> None:
         super().__init__(config)
-        self.failed = False
-        """Whether it stopped because the engine did."""
+        self.failure: str | None = None
+        """Why the engine failed, where the server stopped for that."""
         self._app = app
         self._on_ready = on_ready
         self._certificate = certificate
         self._drain_seconds = drain_seconds
-        self._alive = alive
+        self._ask_failure = failure
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -258,8 +258,8 @@ class HttpServer(uvicorn.Server):
         seconds = 0.0
         while not self.should_exit:
             await asyncio.sleep(WATCH_SECONDS)
-            if self._alive is not None and not self._alive() and not self.should_exit:
-                self.failed = True
+            self.failure = self._ask_failure() if self._ask_failure is not None else None
+            if self.failure is not None:
                 self.stop()
             seconds += WATCH_SECONDS
             if self._certificate is not None and seconds >= RENEW_SECONDS:
