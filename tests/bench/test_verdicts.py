@@ -9,13 +9,17 @@ import pytest
 
 from hayai.bench.cases import GROUPS, RAW_CASES
 from hayai.bench.inprocess import Roofline, typical
+from hayai.bench.load import titles
+from hayai.bench.load_sides import LOAD_PEERS
 from hayai.bench.machine import Load
 from hayai.bench.peers import read_specs
 from hayai.bench.report import TITLES
 from hayai.bench.rows import Row, pair_roofline, summarise
 from hayai.bench.verdicts import BARS, Verdict, judge
 from hayai.cli.bench import CASE_NAMES, PEER_NAMES
+from hayai.cli.bench import LOAD_PEERS as LOAD_PEER_NAMES
 
+LOAD_TITLES = titles()
 QUIET = Load(1.0, 0.0, 0.0)
 
 
@@ -103,7 +107,7 @@ def test_the_data_files_speak_of_cases_and_peers_that_exist() -> None:
     assert tuple(specs) == PEER_NAMES
     assert CASE_NAMES == GROUPS
     for bar in [*table["ratio"], *table["limit"]]:
-        assert bar["case"] in TITLES
+        assert bar["case"] in {**TITLES, **LOAD_TITLES}
         assert ("at_least" in bar) != ("at_most" in bar)
         peer, _, file = bar.get("against", "").partition(":")
         if file:
@@ -111,3 +115,35 @@ def test_the_data_files_speak_of_cases_and_peers_that_exist() -> None:
     for spec in specs.values():
         for variant in spec.variants:
             assert set(variant.cases) <= {case.name for case in RAW_CASES}
+    loaded = read_specs(LOAD_PEERS)
+    assert tuple(loaded) == LOAD_PEER_NAMES
+    for variant in loaded["llama-server"].variants:
+        assert variant.cases and set(variant.cases) <= {"batch", "freeze", "cached"}
+
+
+def test_a_case_that_gave_no_row_is_not_measured() -> None:
+    """A peer that did not run, or a case that broke, must not look like a bar that was met."""
+    found = judge([], [], expected={"parallel8", "bits"})
+    assert {(v.case, v.asked, v.passed) for v in found} == {
+        ("parallel8", ">= 6x", None),
+        ("parallel8", ">= 3.2x", None),
+        ("bits", "<= 0 changed", None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "ours", "passed"), [("parallel8-ttft", 20.0, True), ("parallel8-ttft", 30.0, False)]
+)
+def test_the_best_row_of_a_time_is_the_shortest(case: str, ours: float, passed: bool) -> None:
+    """Against 200 and 50 ms: at most a quarter of the first and half of the better one."""
+    measured = []
+    for side, peer, file, value in (
+        ("hayai serve", "hayai", "same", ours),
+        ("llama-server same", "llama-server", "same", 200.0),
+        ("llama-server q4_0", "llama-server", "q4_0", 50.0),
+    ):
+        measured.append(Row("parallel8-ttft", side, peer, file, 0, value, "ms", 0.0, (), QUIET))
+    found = {v.asked: v for v in judge(measured, summarise(measured))}
+    assert found["<= 0.25x"].passed
+    assert found["<= 0.5x"].against == "llama-server q4_0"
+    assert found["<= 0.5x"].passed is passed

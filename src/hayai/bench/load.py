@@ -202,6 +202,13 @@ def reported(session: LoadSession, what: str) -> Iterator[None]:
         session.note(f"{what}: {error}")
 
 
+def expected(options: LoadOptions, custom: Custom | None = None) -> set[str]:
+    """The figures that a run was asked for: one that is missing is a bar not measured."""
+    if custom is not None:
+        return set()
+    return {name for case in CASES if case.name in options.cases for name in case.rows}
+
+
 def titles(custom: Custom | None = None) -> dict[str, str]:
     """Figure -> what it is, in the order of the table."""
     if custom is not None:

@@ -132,7 +132,7 @@ def measure(requests: Sequence[Request], slo: Slo | None = None) -> LoadStats:
         in_flight_mean=sum(r.finished - r.begun for r in requests) / window if window > 0 else math.nan,
         in_flight_max=most_in_flight(requests),
         tokens_per_chunk=output / chunks if chunks else math.nan,
-        unseen_gaps=sum(1 for r in good if r.num_tokens > 1 and not r.gaps),
+        unseen_gaps=sum(1 for r in good if r.times and r.num_tokens > 1 and not r.gaps),
         lag_max=max((r.lag for r in requests if not math.isnan(r.lag)), default=math.nan),
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hayai.bench.load import Custom, titles
+from hayai.bench.load import Custom, expected, titles
 from hayai.bench.load_metrics import Percentiles, measure
 from hayai.bench.load_session import LoadSession, Repetition, repetition_json
 from hayai.bench.report import (
@@ -27,14 +27,14 @@ from hayai.bench.report import (
 from hayai.bench.rows import summarise
 from hayai.bench.stats import spread
 from hayai.bench.table import WIDTH, Section, render, wrap
-from hayai.bench.verdicts import judge
+from hayai.bench.verdicts import Verdict, judge
 
 SCHEMA = 1
 P99_REQUESTS = 1000
 """Requests from which a p99 may be a headline (docs/measuring.md)."""
 
 
-def document(session: LoadSession) -> dict[str, Any]:
+def document(session: LoadSession, custom: Custom | None = None) -> dict[str, Any]:
     """Everything about the run: identity, settings, calibration, every request, summaries, verdicts."""
     summaries = summarise(session.rows)
     options = dataclasses.asdict(session.options)
@@ -54,14 +54,20 @@ def document(session: LoadSession) -> dict[str, Any]:
         "repetitions": [repetition_json(found) for found in session.repetitions],
         "rows": [raw_row(row) for row in session.rows],
         "summary": [dataclasses.asdict(s) for s in summaries],
-        "verdicts": [dataclasses.asdict(v) for v in judge(session.rows, summaries)],
+        "verdicts": [dataclasses.asdict(v) for v in judged(session, custom)],
         "notes": session.notes,
     }
 
 
-def write_json(session: LoadSession, path: Path) -> None:
+def judged(session: LoadSession, custom: Custom | None) -> list[Verdict]:
+    """Every bar of the cases that were asked for, also where nothing was measured."""
+    wanted = expected(session.options, custom)
+    return judge(session.rows, summarise(session.rows), expected=wanted)
+
+
+def write_json(session: LoadSession, path: Path, custom: Custom | None = None) -> None:
     """Strict JSON: what could not be measured is null."""
-    path.write_text(json.dumps(finite(document(session)), indent=1, default=str) + "\n")
+    path.write_text(json.dumps(finite(document(session, custom)), indent=1, default=str) + "\n")
 
 
 def finite(value: Any) -> Any:
@@ -85,7 +91,7 @@ def text_report(session: LoadSession, custom: Custom | None = None) -> str:
     if any(s.contaminated for s in summaries):
         parts.append("\n".join(textwrap.wrap(CONTAMINATED_NOTE, WIDTH)))
     parts += [latency_table(session.repetitions), accounting_table(session.repetitions)]
-    verdicts = judge(session.rows, summaries)
+    verdicts = judged(session, custom)
     if verdicts:
         parts.append(verdict_table(verdicts))
     remarks = [f"{name}: not installed; {install}" for name, install in session.peers.missing.items()]

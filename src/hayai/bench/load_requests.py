@@ -57,7 +57,7 @@ class Request:
 
     @property
     def tpot(self) -> float:
-        """Seconds per token after the first: (e2e - TTFT) / (n - 1); nan below two tokens."""
+        """Seconds per token after the first: (e2e - TTFT) / (n - 1); nan below two tokens, or unseen."""
         return (self.e2e - self.ttft) / (self.num_tokens - 1) if self.num_tokens > 1 else math.nan
 
     @property
@@ -111,12 +111,12 @@ def _streamed(base: Request, exchange: Exchange, dialect: Dialect, forced: bool)
 
 
 def _whole(base: Request, exchange: Exchange, dialect: Dialect, forced: bool) -> Request:
-    """An answer that is not streamed: one JSON body, one clock point."""
+    """An answer that is not streamed: one JSON body, and no clock point of a token."""
     status, body, _ = split_answer(exchange.pieces)
     event = Event(exchange.pieces[-1][0], json.loads(body))
     counts = dialect.counts(StreamResult(status, exchange.sent, exchange.finished, (event,)))
     choices: Sequence[Mapping[str, Any]] = event.data.get("choices") or ({},)
-    found = _counted(base, counts, (event.time,), forced)
+    found = replace(_counted(base, counts, (event.time,), forced), times=())
     return replace(found, status=status, text=dialect.text(event), logprobs=choices[0].get("logprobs"))
 
 

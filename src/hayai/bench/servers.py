@@ -203,8 +203,10 @@ class Server(Pausable):
             except (OSError, IndexError, ValueError):
                 pass
             time.sleep(0.05)
-        tail = self.log_path.read_bytes()[-400:].decode(errors="replace").strip()
-        raise PeerFailure(f"{self.label} did not get ready in {START_SECONDS:.0f} s: {tail}")
+        tail = " ".join(self.log_path.read_bytes()[-400:].decode(errors="replace").split())
+        code = self.process.poll()
+        what = f"did not get ready in {START_SECONDS:.0f} s" if code is None else f"ended with {code}"
+        raise PeerFailure(f"{self.label} {what}: {tail}")
 
     def stream(self, prompt: Sequence[int], max_tokens: int) -> Streamed:
         """One forced-length greedy answer. PeerFailure where it fails or is short."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ class Verdict:
     passed: bool | None
 
 
-def judge(rows: Sequence[Row], summaries: Sequence[Summary], bars: Path = BARS) -> list[Verdict]:
-    """Every bar that the run has a row of ours for."""
+def judge(
+    rows: Sequence[Row], summaries: Sequence[Summary], bars: Path = BARS, expected: Collection[str] = ()
+) -> list[Verdict]:
+    """Every bar that the run has a row for, and every bar of an `expected` case that has none."""
     table = tomllib.loads(bars.read_text())
     measured = {s.case for s in summaries}
     verdicts = [
@@ -34,7 +36,17 @@ def judge(rows: Sequence[Row], summaries: Sequence[Summary], bars: Path = BARS) 
         for bar in table["ratio"]
         if bar["case"] in measured
     ]
-    return verdicts + [_limit(summaries, bar) for bar in table["limit"] if bar["case"] in measured]
+    verdicts += [_limit(summaries, bar) for bar in table["limit"] if bar["case"] in measured]
+    return verdicts + [
+        Verdict(bar["case"], bar.get("against", ""), _asked(bar), "not measured", None)
+        for bar in (*table["ratio"], *table["limit"])
+        if bar["case"] in expected and bar["case"] not in measured
+    ]
+
+
+def _asked(bar: Mapping[str, Any]) -> str:
+    sign, wanted = ("<=", bar["at_most"]) if "at_most" in bar else (">=", bar["at_least"])
+    return f"{sign} {wanted:g}{'x' if 'against' in bar else ' ' + bar['unit']}"
 
 
 def _ratio(
@@ -42,8 +54,8 @@ def _ratio(
 ) -> Verdict:
     lower = "at_most" in bar
     wanted = float(bar["at_most"] if lower else bar["at_least"])
-    asked = f"{'<=' if lower else '>='} {wanted:g}x"
-    rival = _rival(summaries, bar["case"], bar["against"])
+    asked = _asked(bar)
+    rival = _rival(summaries, bar["case"], bar["against"], lower)
     if rival is None or rival.ratio is None:
         return Verdict(bar["case"], bar["against"], asked, "not measured", None)
     found = rival.ratio.median
@@ -82,20 +94,20 @@ def ceiling_rate(rows: Sequence[Row], ours: Summary) -> float | None:
     return statistics.median(found) if found else None
 
 
-def _rival(summaries: Sequence[Summary], case: str, against: str) -> Summary | None:
-    """The row that a bar names: '<peer>:<file>', '<peer>:best', or a side's own label."""
+def _rival(summaries: Sequence[Summary], case: str, against: str, lower: bool) -> Summary | None:
+    """The row that a bar names: '<peer>:<file>', '<peer>:best' (lower: the smallest), or a side's label."""
     peer, _, file = against.partition(":")
     rows = [s for s in summaries if s.case == case]
     if not file:
         return next((s for s in rows if s.side == against), None)
     rows = [s for s in rows if s.peer == peer and file in ("best", s.file)]
-    return max(rows, key=lambda s: s.value.median, default=None)
+    return (min if lower else max)(rows, key=lambda s: s.value.median, default=None)
 
 
 def _limit(summaries: Sequence[Summary], bar: Mapping[str, Any]) -> Verdict:
     ours = next(s for s in summaries if s.case == bar["case"])
-    asked = f"<= {bar['at_most']:g} {bar['unit']}"
-    found = f"{ours.value.median:.1f} {ours.unit}"
+    asked = _asked(bar)
+    found = f"{ours.value.median:.{1 if ours.value.median >= 10 else 3}f} {ours.unit}"
     if ours.peer != "hayai":
         return Verdict(bar["case"], "", asked, "not measured", None)
     return Verdict(bar["case"], "", asked, found, ours.value.median <= bar["at_most"])

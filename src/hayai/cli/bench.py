@@ -180,6 +180,7 @@ def load(
         Custom,
         run,
     )
+    from hayai.bench.load_client import Address
     from hayai.bench.load_metrics import Slo
     from hayai.bench.load_report import text_report, write_json
     from hayai.bench.load_sides import LoadOptions
@@ -190,6 +191,10 @@ def load(
         raise click.UsageError(
             "--concurrency is a closed loop; --rate and --trace are open ones: give one kind"
         )
+    try:
+        Address.of(url or "http://localhost")
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--url") from None
     custom = None
     if concurrency is not None or rate is not None or trace is not None:
         slo = Slo(ttft_ms / 1e3, tpot_ms / 1e3)
@@ -206,7 +211,7 @@ def load(
     )  # fmt: skip
     session = run(options, note, custom)
     if json_path is not None:
-        write_json(session, json_path)
+        write_json(session, json_path, custom)
     click.echo(text_report(session, custom))
 
 
