@@ -1,4 +1,4 @@
-"""`hayai bench load` against our real server process, a server by URL, and llama-server where there is one."""
+"""`hayai bench load` against our real server process, one by URL, and llama-server where there is one."""
 
 from __future__ import annotations
 

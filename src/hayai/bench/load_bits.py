@@ -22,6 +22,7 @@ PROMPT_TOKENS = (24, 57, 128, 300)
 """Lengths that are no multiples of a block, in turn."""
 ANSWER_TOKENS = 48
 LONG_PROMPT = 2000
+QUICK_LONG_PROMPT = 400
 LOGPROBS = 3
 BESIDE = 1000
 """Tags from here on are requests that only keep the server busy."""
@@ -111,7 +112,7 @@ def ask(
     queue = iter(shots)
     lanes: list[Any] = [queue for _ in range(min(how.parallel, len(shots)))]
     for i in range(how.long_prompts):
-        prompt = session.prompts.ids(LONG_PROMPT)
+        prompt = session.prompts.ids(QUICK_LONG_PROMPT if session.options.quick else LONG_PROMPT)
         lanes.append([session.shot(side, prompt, 8, at=0.05 * i, tag=BESIDE + i, stream=False)])
     return session.turn("bits", side, pair, lanes, stream=False, about={"situation": how.name})
 
