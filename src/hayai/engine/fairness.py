@@ -2,8 +2,9 @@
 
 Fair sharing by virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024):
 each tenant of a priority has a counter of what was computed for it, and the lowest counter goes first. A
-tenant that comes back after a pause starts at the lowest counter of those that are busy, so that a pause
-earns no credit, and one that has just had more than its share gains nothing by a pause.
+tenant that comes back after a pause starts at least at the lowest counter of those that are busy (of the last
+one that was, when none is), so that a pause earns no credit, what was had while nobody else wanted it costs
+none, and one that has just had more than its share gains nothing by a pause.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Queue:
 
     def __init__(self) -> None:
         self._shares: dict[int, dict[str, Share]] = {}
-        self._floor: dict[int, int] = {}
+        self._last: dict[int, int] = {}  # by priority: the counter of the last tenant that was busy
         self._size = 0
 
     def __len__(self) -> int:
@@ -58,11 +59,8 @@ class Queue:
         shares = self._shares.setdefault(priority, {})
         share = shares.get(sequence.tenant)
         if share is None or not share.busy:
-            floor = self._floor.get(priority, 0)
-            if len(shares) > (sequence.tenant in shares):
-                self.settle(running)
-                floor = min((s.served for s in shares.values() if s.busy), default=floor)
-                self._floor[priority] = floor = max(floor, self._floor.get(priority, 0))
+            self.settle(running)
+            floor = min((s.served for s in shares.values() if s.busy), default=self._last.get(priority, 0))
             if share is None:
                 self._forget(shares, floor)
                 share = shares[sequence.tenant] = Share(priority)
@@ -78,8 +76,10 @@ class Queue:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a waiting sequence out."""
-        self.share(sequence).waiting.remove(sequence)
+        share = self.share(sequence)
+        share.waiting.remove(sequence)
         self._size -= 1
+        self._last[share.priority] = share.served
 
     def start(self, sequence: Sequence) -> None:
         """A waiting sequence runs now."""
@@ -89,7 +89,17 @@ class Queue:
     def left(self, sequence: Sequence) -> None:
         """A running sequence has stopped running."""
         self.settle((sequence,))
-        self.share(sequence).num_running -= 1
+        share = self.share(sequence)
+        share.num_running -= 1
+        self._last[share.priority] = share.served
+
+    def charge_prompt(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Count prompt tokens that run for the first time: computing them again is not the tenant's doing,
+        and what the prefix cache gives costs nothing."""
+        stop = min(stop, sequence.num_prompt)
+        if stop > sequence.num_charged:
+            self.share(sequence).served += stop - max(start, sequence.num_charged)
+            sequence.num_charged = stop
 
     def settle(self, running: Iterable[Sequence]) -> None:
         """Count the tokens that were decoded since the last time: not done in every step."""
@@ -104,7 +114,7 @@ class Queue:
         self.settle(running)
         for priority in sorted(self._shares):
             waiting = [share for share in self._shares[priority].values() if share.waiting]
-            for share in sorted(waiting, key=lambda s: s.served):
+            for share in sorted(waiting, key=lambda s: (s.served, s.num_running)):
                 for at in range(min(MAX_LOOK, len(share.waiting))):
                     yield share.waiting[at]
 

@@ -309,7 +309,7 @@ class Scheduler:
             assert sequence.blocks is not None
             if count > 0 and self.cache.reserve(sequence.blocks, at, at + count):
                 batch.add(sequence, count)
-                self.queue.share(sequence).served += count
+                self.queue.charge_prompt(sequence, at, at + count)
                 budget -= count
                 rows -= used
 

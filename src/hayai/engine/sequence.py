@@ -59,7 +59,7 @@ class Sequence:
     max_length: prompt and output together. blocks: None while the sequence waits. number: order of arrival.
     chain: names of its blocks in the prefix cache. grammar: its mask. prompt_logprobs: those computed so far
     (they are never computed twice); prompt_row: how they are asked for, None where they are not wanted.
-    num_settled: outputs that fairness has counted.
+    num_charged, num_settled: prompt tokens and outputs that fairness has counted.
     """
 
     __slots__ = (
@@ -73,6 +73,7 @@ class Sequence:
         "max_batch",
         "max_length",
         "num_cached",
+        "num_charged",
         "num_computed",
         "num_preemptions",
         "num_prompt",
@@ -112,7 +113,7 @@ class Sequence:
         self.num_computed = 0
         self.num_cached = 0
         self.num_preemptions = 0
-        self.num_settled = 0
+        self.num_charged = self.num_settled = 0
         self.num_steps = self.sum_batch = self.max_batch = 0
         self.blocks: SequenceBlocks | None = None
         self.chain: TokenChain | None = None
