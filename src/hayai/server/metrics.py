@@ -197,12 +197,13 @@ class Metrics:
 
     @property
     def registry(self) -> CollectorRegistry:
-        """Our own registry, with this object as its collector."""
+        """Our own registry: this object, and what the system knows of the process."""
         if self._registry is None:
-            from prometheus_client import CollectorRegistry  # as above
+            from prometheus_client import CollectorRegistry, ProcessCollector  # as above
 
             self._registry = CollectorRegistry(auto_describe=False)
             self._registry.register(self)
+            ProcessCollector(registry=self._registry)
         return self._registry
 
     def describe(self) -> list[Metric]:
