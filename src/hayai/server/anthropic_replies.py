@@ -44,13 +44,15 @@ def sse(kind: str, value: dict[str, Any]) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (kind.encode(), orjson.dumps({"type": kind} | value))
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
-    """Usage as the API splits it: input_tokens are those that were computed, cached ones stand beside."""
+def usage_body(usage: Usage, thinking_tokens: int = 0) -> dict[str, Any]:
+    """Usage as the API splits it: input_tokens are those that were computed, cached ones stand beside;
+    output_tokens are all, thinking included."""
     return {
         "input_tokens": usage.prompt_tokens - usage.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"thinking_tokens": thinking_tokens},
     }
 
 
@@ -97,6 +99,7 @@ class AnthropicReply(Reply):
         self._form = form
         self._block: _Block | None = None
         self._num_blocks = 0
+        self._thinking_tokens = 0
 
     # ------------------------------------------------------------------ streamed
 
@@ -120,6 +123,8 @@ class AnthropicReply(Reply):
         out = b""
         if chunk.reasoning:
             out += self._append("thinking", chunk.reasoning)
+            if not chunk.text:
+                self._thinking_tokens += len(chunk.token_ids)
         if chunk.text:
             out += self._append("text", chunk.text)
         for delta in chunk.tool_calls:
@@ -130,7 +135,7 @@ class AnthropicReply(Reply):
         (choice,) = choices
         assert choice.usage is not None
         delta = {"stop_reason": self._stop_reason(choice), "stop_sequence": choice.stop}
-        body: dict[str, Any] = {"delta": delta, "usage": usage_body(choice.usage)}
+        body: dict[str, Any] = {"delta": delta, "usage": usage_body(choice.usage, self._thinking_tokens)}
         return sse("message_delta", body | self._timings(choice)) + sse("message_stop", {})
 
     def error(self, error: ApiError) -> bytes:
@@ -189,7 +194,7 @@ class AnthropicReply(Reply):
             "content": self._content(choice),
             "stop_reason": self._stop_reason(choice),
             "stop_sequence": choice.stop,
-            "usage": usage_body(choice.usage),
+            "usage": usage_body(choice.usage, choice.reasoning_tokens),
         }
         return orjson.dumps(body | self._timings(choice))
 
