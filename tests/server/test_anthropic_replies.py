@@ -28,9 +28,8 @@ FORM = AnswerForm(max_tokens=4)
 
 def reply(form: AnswerForm = FORM) -> AnthropicReply:
     prompts = (Prompt(text="x"),)
-    return AnthropicReply(
-        Job("anthropic", None, prompts, SamplingParams(), extra={"form": form}, **job), HEAD
-    )
+    job = Job("anthropic", None, prompts, SamplingParams(), extra={"form": form})
+    return AnthropicReply(job, HEAD)
 
 
 def end(reason: str = "stop", stop: str | None = None) -> TextChunk:
