@@ -40,6 +40,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engine": ("errors", "config", "plan.plan", "backends.base"),
     "load": (*BOTTOM, "plan", "models", "weights", "text", "backends", "engine"),
     "frontend": FRONTEND,
+    "frontend_answer": FRONTEND,
     "frontend_async": FRONTEND,
     "frontend_prompt": FRONTEND,
     "frontend_request": FRONTEND,
@@ -62,7 +63,7 @@ NEVER = {"torch", "triton", "transformers", "llama_cpp"}
 LAZY = {
     "asyncio", "readline", "rich", "uvloop", "hayai._native", "hayai.api", "hayai.backends", "hayai.bench",
     "hayai.frontend_async", "hayai.text.budget", "hayai.text.sandbox", "hayai.weights.download", "tokenizers",
-    "hayai.server.ledger", "hayai.server.storage",
+    "hayai.server.ledger", "hayai.server.reports", "hayai.server.storage",
     "llguidance", "opentelemetry", "prometheus_client", "python_multipart",
 }  # fmt: skip
 """Optional or slow, so that a function may import them (below a comment that says why)."""

@@ -23,6 +23,8 @@ VERBS = {
     "chat": "Talk to a model in the terminal.",
     "run": "Complete one prompt and print the answer.",
     "pull": "Fetch the default model into the cache.",
+    "keys": "Make, list and revoke API keys; set limits of tenants.",
+    "usage": "Show who used how much; export it as CSV or JSON.",
     "inspect": "Show what is in a model file, and what it needs.",
     "doctor": "Check this machine: processor, memory, speed, what is missing.",
     "bench": "Measure speed, beside other engines in the same run.",

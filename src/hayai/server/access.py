@@ -14,7 +14,7 @@ import hmac
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -225,6 +225,36 @@ class Access:
         """The tenant's limits by name, and its priority; None = no limit."""
         tenant = self._snapshot.tenants.get(principal.tenant) if self._snapshot else None
         return {} if tenant is None else {**vars(tenant.limits), "priority": tenant.priority}
+
+    def usage_of(
+        self, principal: Principal, since: str | None, until: str | None
+    ) -> Callable[[], dict[str, Any]] | None:
+        """A call that reads what the tenant has used, by model, and its limits; None without a database.
+
+        since, until: ISO 8601, UTC; default: this month. ConfigError where they are no times. The call waits
+        for the database: it is for another thread.
+        """
+        if self.database is None:
+            return None
+        # slow: SQLAlchemy, which a server without a database does without
+        from hayai.server.reports import iso_time, parse_time, usage_sums
+
+        database, tenant, month = self.database, principal.tenant, self.quotas.month()
+        begin = parse_time(f"{month}-01" if since is None else since)
+        end = None if until is None else parse_time(until)
+
+        def read() -> dict[str, Any]:
+            return {
+                "object": "usage",
+                "tenant": tenant,
+                "since": iso_time(begin),
+                "until": iso_time(end),
+                "data": usage_sums(database, "model", tenant, begin, end),
+                "month": {"month": month, "tokens": database.spent(month, [tenant])[tenant]},
+                "limits": self.limits_of(principal),
+            }
+
+        return read
 
     def close(self) -> None:
         """Write what is left of the ledger. All tickets are settled by now; a second call does nothing."""

@@ -23,7 +23,7 @@ import hayai
 from hayai.config import ServerConfig
 from hayai.errors import RequestError
 from hayai.frontend import EngineError, Frontend
-from hayai.server import anthropic_routes, azure, batches, files, openai_routes, ops
+from hayai.server import anthropic_routes, azure, batches, files, openai_routes, ops, usage
 from hayai.server.access import Access
 from hayai.server.batch_runner import BatchRunner
 from hayai.server.batch_store import BatchStore
@@ -41,6 +41,7 @@ SURFACES: tuple[Callable[[ServerContext], list[BaseRoute]], ...] = (
     openai_routes.routes,
     anthropic_routes.routes,
     azure.routes,
+    usage.routes,
 )
 """Everything that is served, one entry per wire format."""
 

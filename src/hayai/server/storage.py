@@ -136,11 +136,14 @@ _SCHEMES = "sqlite:///FILE, postgresql://USER@HOST/NAME, or a path of a SQLite f
 class Database:
     """One database, its tables made where they are missing. Threads may share it.
 
-    `url` is shown without its password. ConfigError where it can't be opened or was made by a newer version.
+    `url` is shown without its password. create False: a SQLite file must exist. ConfigError where it can't be
+    opened or was made by a newer version.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, create: bool = True) -> None:
         parsed = parse_url(url)
+        if not create and parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
+            raise ConfigError(f"there is no database yet: {parsed.database}; `hayai keys create` makes one")
         self.url = hide_password(url)
         self.engine = _engine(parsed)
         # SQLite takes the lock at the start, or two transactions that read before they write could both fail
