@@ -360,6 +360,8 @@ void release_free_memory() {
 } // namespace
 
 NB_MODULE(_native, m) {
+  // A model that the program holds until its end is no leak, but nanobind would print one for each.
+  nb::set_leak_warnings(false);
   bind_kernels(m);
   nb::class_<Executor>(m, "Executor")
       .def(nb::new_(&make_executor), "isa"_a, "threads"_a, "max_tokens"_a, "max_rows"_a, "max_context"_a)
@@ -407,6 +409,7 @@ NB_MODULE(_native, m) {
       .def("copy_blocks", &Executor::copy_blocks, "group"_a, "source"_a, "target"_a)
       .def("stats", &stats, nb::sig("def stats(self) -> dict[str, float]"));
   m.def("group_bytes", &group_bytes, "layout"_a, "group_rows"_a, "cols"_a);
+  m.def("head_low_row_bytes", &head_low_row_bytes, "cols"_a);
   m.def("release_free_memory", &release_free_memory, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "huge_pages"_a, "repeats"_a);
 }

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from hayai.backends.base import Limits
+from hayai.backends.cpu import CpuBackend
 from hayai.bench.claims import step_bytes
-from hayai.weights.gguf import GgufFile
+from hayai.models.registry import build_plans
+from hayai.weights.gguf import GgufFile, model_config
+from hayai.weights.loader import FileWeights
 
 ROWS, HIDDEN = 49152, 576
 
@@ -38,4 +42,17 @@ def test_the_screened_head_reads_its_plane_and_the_survivors(default_model: Path
     saved = counted.total(0) - counted.total(0, screened=True, survivors=0)
     assert saved == counted.head - plane > 13e6
     one = counted.total(0, screened=True, survivors=1) - counted.total(0, screened=True)
-    assert one == HIDDEN + 2 * HIDDEN // 32
+    assert one == HIDDEN // 32 * (16 + 2) == 324  # of the low plane
+
+
+def test_the_runner_says_the_same(default_model: Path) -> None:
+    """What is counted from the file is what the backend packed."""
+    counted = step_bytes(default_model)
+    with GgufFile(default_model) as file:
+        plans = build_plans(model_config(file), "gguf")
+        weights = FileWeights(file, "gguf", plans["main"].slots)
+        limits = Limits(max_tokens=16, max_sequences=1, max_rows=1, num_blocks=8, max_context=128)
+        said = CpuBackend(1).compile(plans, weights, limits).describe()
+    assert said["survivor_row_bytes"] == counted.survivor_row
+    assert said["step_bytes"] == counted.matrices + (counted.screened_head or 0)
+    assert said["kv_bytes_per_token"] == counted.kv_per_position

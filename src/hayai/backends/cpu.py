@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +20,8 @@ from hayai.backends.base import (
     WeightSource,
     kv_bytes_per_token,
 )
-from hayai.backends.cpu_build import ProgramBuilder, Report
+from hayai.backends.cores import find_cores
+from hayai.backends.cpu_build import BLOCK, LAYOUTS, ProgramBuilder, Report
 from hayai.errors import ConfigError, PlanError
 from hayai.plan.plan import Plan, WeightSlot
 
@@ -35,25 +36,33 @@ SPEC_DTYPE = np.dtype(
 
 MAX_CACHED_SPECS = 4096
 
+OVERSUBSCRIPTION = 8
+"""Most threads per usable core. More would only wait for each other, for minutes where it is hundreds."""
 
-def available_cores() -> int:
-    """Cores that this process may really use: affinity mask and cgroup quota, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            cores = min(cores, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here: no quota
-    return max(1, cores)
+logger = logging.getLogger("hayai")
+
+
+def thread_count(asked: int | None) -> int:
+    """Compute threads: the usable cores, or what is asked for, within OVERSUBSCRIPTION of them."""
+    usable = find_cores().usable
+    if asked is None:
+        return usable
+    if not 1 <= asked <= 1024:
+        raise ConfigError(f"threads must be from 1 to 1024: {asked}")
+    threads = min(asked, OVERSUBSCRIPTION * usable)
+    if asked > usable:
+        kept = f"; {threads} are used" if threads < asked else ""
+        logger.warning("%d threads are more than the %d usable cores%s", asked, usable, kept)
+    return threads
 
 
 class CpuBackend:
     """Compiles plans for this machine.
 
-    threads: compute threads, default the cores available. isa: lower the instruction set ('scalar',
-    'avx2', 'avx512'), never raise it. progress: called with (phases done, phases in all) while packing.
+    threads: compute threads, default the usable cores; more than these are allowed, with a warning, up to
+    OVERSUBSCRIPTION times as many (threads_asked keeps the number asked for). isa: lower the instruction set
+    ('scalar', 'avx2', 'avx512'), never raise it. progress: called with (phases done, phases in all) while
+    packing.
     """
 
     name = "cpu"
@@ -64,9 +73,8 @@ class CpuBackend:
         isa: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.threads = available_cores() if threads is None else threads
-        if not 1 <= self.threads <= 1024:
-            raise ConfigError(f"threads must be from 1 to 1024: {self.threads}")
+        self.threads = thread_count(threads)
+        self.threads_asked = self.threads if threads is None else threads
         self.isa = isa or ""
         self.progress = progress
 
@@ -96,7 +104,7 @@ class CpuBackend:
                 f"no memory for up to {most / 1e9:.1f} GB of weights and a cache of "
                 f"{_kv_bytes(plan, limits) * BLOCK_SIZE * limits.num_blocks / 1e9:.1f} GB ({limits}): {error}"
             ) from None
-        return CpuRunner(executor, plan, limits, builder.report, self.threads)
+        return CpuRunner(executor, plan, limits, builder.report, self)
 
 
 def _most_bytes(slot: WeightSlot) -> int:
@@ -118,14 +126,14 @@ class CpuRunner:
     """A compiled model on the native executor; see backends.base.Runner."""
 
     def __init__(
-        self, executor: _native.Executor, plan: Plan, limits: Limits, report: Report, threads: int
+        self, executor: _native.Executor, plan: Plan, limits: Limits, report: Report, backend: CpuBackend
     ) -> None:
         self._executor: _native.Executor | None = executor
         self._step = executor.step
         self._plan = plan
         self._limits = limits
         self._report = report
-        self._threads = threads
+        self._threads, self._threads_asked = backend.threads, backend.threads_asked
         self._groups = tuple(plan.groups)
         size = plan.buffers["logits"].shape[-1]
         assert isinstance(size, int)
@@ -224,21 +232,28 @@ class CpuRunner:
             self._executor.copy_blocks(index, source, target)
 
     def describe(self) -> Mapping[str, str | int | float]:
-        """ISA, threads, formats, and the bytes that one decode step reads (without KV)."""
+        """ISA, threads, formats, and the bytes that one decode step reads (without KV).
+
+        step_bytes: without survivors, of which each adds survivor_row_bytes.
+        """
         assert self._executor is not None
         report = self._report
-        head = report.head_bytes
-        if report.screened:  # the 4-bit plane, one more block for the outliers; scored rows come on top
+        head, survivor = report.head_bytes, 0
+        if report.screened:  # the high plane and one block of outliers; scored rows come on top
             width = self._plan.buffers["rows"].shape[-1]
             assert isinstance(width, int)
-            head = self._vocab * (width // 32 + 1) * 18
+            group_rows = self._executor.group_rows
+            head = _native.group_bytes(LAYOUTS["q4_0"], group_rows, width + BLOCK) * self._vocab // group_rows
+            survivor = _native.head_low_row_bytes(width)
         kv = _kv_bytes(self._plan, self._limits)
         return {
             "backend": "cpu",
             "isa": self._executor.isa,
             "threads": self._threads,
+            "threads_asked": self._threads_asked,
             "weight_bytes": self._executor.weight_bytes,
             "step_bytes": report.matrix_bytes + head,
+            "survivor_row_bytes": survivor,
             "full_head_step_bytes": report.matrix_bytes + report.head_bytes,
             "kv_bytes_per_token": kv,
             "kv_format": self._limits.kv_format,

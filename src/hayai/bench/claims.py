@@ -122,5 +122,6 @@ def screened_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], name: str) -> 
         return None, 0
     rows, cols = plan.slots[name].shape
     blocks = cols // SCREEN_BLOCK
-    plane = rows * (blocks + 1) * (SCREEN_BLOCK // 2 + 2)
-    return plane, blocks * SCREEN_BLOCK + 2 * blocks
+    packed = SCREEN_BLOCK // 2 + 2  # nibbles and a scale
+    # a rescored row reads the low plane only, which is padded to whole pairs of blocks
+    return rows * (blocks + 1) * packed, (blocks + blocks % 2) * packed
