@@ -58,6 +58,12 @@ def read_environment(env: Mapping[str, str] | None = None) -> Environment:
     )
 
 
+def one_blas_thread() -> None:
+    """Keep numpy, not imported yet, from starting threads for its matrix products, unless the user has said how
+    many. For callers that compute in our own kernels, where those threads only hold memory."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position settings as the file gives them (see plan.ops.RopeScaling for the kinds)."""
@@ -206,6 +212,9 @@ def hide_password(url: str) -> str:
     """A database's URL as it may be printed: without its password, wherever that stands."""
     scheme, found, rest = url.partition("://")
     login, at, host = rest.rpartition("@")
+    if not found:
+        return url
+    if "?" in login:  # part of a password, or an option that is one: either way, show nothing of it
+        return f"{scheme}://***"
     user, colon, _ = login.partition(":")
-    host = host.partition("?")[0]  # options may hold a password as well
-    return f"{scheme}://{user}{':***' if colon else ''}{at}{host}" if found else url
+    return f"{scheme}://{user}{':***' if colon else ''}{at}{host.partition('?')[0]}"

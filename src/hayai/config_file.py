@@ -33,8 +33,8 @@ DEFAULT_DATABASE = "hayai.db"
 _MOVED = {"tls_cert": ("tls", "cert"), "tls_key": ("tls", "key"), "database": ("database", "url")}
 """Fields of ServerConfig that have a section of their own."""
 _SECTIONS: Mapping[str, type] = {"server": ServerConfig, "engine": EngineConfig, "limits": LimitsConfig}
-_PATHS = (("engine", "model"),)
-"""Text that names a file, unless it is 'default'."""
+_PATHS = ("engine.model", "database.url")
+"""Texts that name a file, unless they are 'default' or a URL."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _typed(setting: Setting, value: Any, file: Path) -> Any:
     """A value of the file as its field wants it. A number must not be true or false, nor a text."""
     if isinstance(value, str) and Path in setting.types:
         return file.parent / Path(value).expanduser()
-    if isinstance(value, str) and (setting.section, setting.key) in _PATHS and value != "default":
+    if isinstance(value, str) and setting.name in _PATHS and value != "default" and "://" not in value:
         return str(file.parent / Path(value).expanduser())
     if type(value) is int and float in setting.types and int not in setting.types:
         value = float(value)
