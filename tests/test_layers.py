@@ -63,7 +63,8 @@ NEVER = {"torch", "triton", "transformers", "llama_cpp"}
 LAZY = {
     "asyncio", "readline", "rich", "uvloop", "hayai._native", "hayai.api", "hayai.backends", "hayai.bench",
     "hayai.frontend_async", "hayai.text.budget", "hayai.text.sandbox", "hayai.weights.download", "tokenizers",
-    "hayai.server.ledger", "hayai.server.reports", "hayai.server.storage",
+    "hayai.server.ledger", "hayai.server.reports", "hayai.server.responses_store",
+    "hayai.server.storage",
     "llguidance", "opentelemetry", "prometheus_client", "python_multipart",
 }  # fmt: skip
 """Optional or slow, so that a function may import them (below a comment that says why)."""

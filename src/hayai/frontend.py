@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 from hayai.engine.request import EngineRequest, Logprob, RequestTiming, SamplingParams, TokenEvent
 from hayai.engine.service import EngineError, EngineService
 from hayai.errors import RequestError
+from hayai.frontend_answer import NO_FORM, AnswerForm, AnswerForms
 from hayai.frontend_prompt import Prompt, PromptEncoder
-from hayai.frontend_request import PLAIN, RequestOptions
-from hayai.frontend_text import RichAssembler, TextAssembler, TextChunk, Usage, join_chunks
+from hayai.frontend_request import PLAIN, RequestOptions, ToolCall
+from hayai.frontend_text import RichAssembler, TextAssembler, TextChunk, Usage, join_calls, join_chunks
 from hayai.load import LoadedModel
 from hayai.text.tokenizer import Tokenizer
 
@@ -39,8 +40,8 @@ LONG_TEXT = 16_384
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished answer. finish_reason: 'stop', 'length', 'timeout' or 'abort'; `stop`: the stop string
-    found, if any.
+    """A finished answer. finish_reason: 'stop', 'length', 'tool_calls', 'timeout' or 'abort'; `stop`: the
+    stop string found, if any.
 
     logprobs: one entry per token where they were asked for, else empty. prompt_logprobs: one per token of the
     prompt, None for the first; None where they were not asked for.
@@ -54,6 +55,8 @@ class Completion:
     logprobs: tuple[Logprob, ...] = ()
     stop: str | None = None
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class Frontend:
@@ -70,6 +73,7 @@ class Frontend:
         # the interpreter, nor the weights their last user. Nothing here may refer to `self`.
         self._close = weakref.finalize(self, _shut_down, self.service)
         self._encoder = PromptEncoder(loaded)
+        self._forms = AnswerForms(loaded)
 
     @property
     def context_length(self) -> int:
@@ -136,6 +140,7 @@ class Frontend:
         params: SamplingParams,
         options: RequestOptions = PLAIN,
         request_id: str | None = None,
+        form: AnswerForm = NO_FORM,
     ) -> EngineRequest:
         if params.stop:
             self._encoder.vocabulary("stop", "stop strings can't be found in its text")
@@ -149,17 +154,27 @@ class Frontend:
                 priority=options.priority,
                 tenant=options.tenant,
                 cache_salt=options.cache_salt,
+                mask=form.mask,
                 prompt_logprobs=options.prompt_logprobs,
                 deadline=options.deadline,
             )
         self.loaded.engine.check(request)
         return request
 
-    def _assembler(self, request: EngineRequest, options: RequestOptions, arrived: float) -> TextAssembler:
+    def _form(
+        self, prompt: Prompt, ids: tuple[int, ...], options: RequestOptions, warnings: list[str] | None
+    ) -> AnswerForm:
+        if not options.generate or self._forms.is_plain(prompt, options):
+            return NO_FORM
+        return self._forms.form(prompt, ids, options, warnings)
+
+    def _assembler(
+        self, request: EngineRequest, options: RequestOptions, form: AnswerForm, arrived: float
+    ) -> TextAssembler:
         num_tokens = len(request.prompt_ids)
-        if options.generate and options.prompt_logprobs is None:
+        if options.generate and options.prompt_logprobs is None and form.router is None:
             return TextAssembler(self.tokenizer, request.params, num_tokens, arrived)
-        return RichAssembler(self.tokenizer, request.params, num_tokens, arrived, options.generate)
+        return RichAssembler(self.tokenizer, request.params, num_tokens, arrived, options.generate, form)
 
     # ------------------------------------------------------------------ asynchronous
 
@@ -210,8 +225,14 @@ class Frontend:
             ids = self.encode(prompt, options, warnings)
         else:
             ids = await asyncio.to_thread(self.encode, prompt, options, warnings)
-        request = self._request(ids, params, options, request_id)
-        assembler = self._assembler(request, options, arrived)
+        if self._forms.needs_grammar(
+            options
+        ):  # which may take some milliseconds, the first one a tenth of a second
+            form = await asyncio.to_thread(self._form, prompt, ids, options, warnings)
+        else:
+            form = self._form(prompt, ids, options, warnings)
+        request = self._request(ids, params, options, request_id, form)
+        assembler = self._assembler(request, options, form, arrived)
         box = EventBox(self._loop_mailbox(asyncio.get_running_loop()))
         self.service.start()
         self.service.submit(request, box.post, arrived)
@@ -259,8 +280,10 @@ class Frontend:
         Closing the iterator stops the request.
         """
         arrived = time.monotonic()
-        request = self._request(self.encode(prompt, options, warnings), params, options)
-        return self._iterate(request, self._assembler(request, options, arrived), arrived)
+        ids = self.encode(prompt, options, warnings)
+        form = self._form(prompt, ids, options, warnings)
+        request = self._request(ids, params, options, form=form)
+        return self._iterate(request, self._assembler(request, options, form, arrived), arrived)
 
     def _iterate(
         self, request: EngineRequest, assembler: TextAssembler, arrived: float
@@ -291,17 +314,22 @@ class Frontend:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling parameters", param="params")
-        requests = [
-            self._request(self.encode(prompt, options, warnings), own, options)
-            for prompt, own in zip(prompts, each, strict=True)
-        ]
+        requests = []
+        forms: dict[str, AnswerForm] = {}
+        for prompt, own in zip(prompts, each, strict=True):
+            ids = self.encode(prompt, options, warnings)
+            form = self._form(prompt, ids, options, warnings)
+            requests.append(self._request(ids, own, options, form=form))
+            forms[requests[-1].request_id] = form
         events: SimpleQueue[TokenEvent] = SimpleQueue()
         running: dict[str, TextAssembler] = {}
         chunks: dict[str, list[TextChunk]] = {request.request_id: [] for request in requests}
         try:
             for request in requests:
                 self.service.submit(request, events.put, arrived)
-                running[request.request_id] = self._assembler(request, options, arrived)
+                running[request.request_id] = self._assembler(
+                    request, options, forms[request.request_id], arrived
+                )
             while running:
                 event = self._next(events)
                 assembler = running.get(event.request_id)
@@ -356,4 +384,6 @@ def _completion(whole: TextChunk) -> Completion:
         whole.logprobs,
         whole.stop,
         whole.prompt_logprobs,
+        whole.reasoning,
+        join_calls(whole.tool_calls),
     )

@@ -7,10 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hayai.errors import RequestError
-from hayai.frontend_request import PLAIN, RequestOptions
+from hayai.frontend_request import PLAIN, RequestOptions, Tool
 from hayai.load import LoadedModel
 from hayai.text.chat import encode_chat
+from hayai.text.messages import normalize_messages
 from hayai.text.tokenizer import Tokenizer
+from hayai.text.tool_formats import format_of, knows_tools
+from hayai.text.tool_prompt import mentions_tools, tools_as_text, with_mistral_ids
+
+
+class ChatIds(tuple[int, ...]):
+    """Token ids of a rendered conversation: the answer to them is an assistant's turn, with reasoning and
+    tool calls, also where the prompt was encoded beforehand (to count it, or for several answers)."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,8 @@ class Prompt:
     messages: a conversation for the model's chat template ({"role": ..., "content": ...}).
     text: raw text, no template; control tokens written in it are control tokens (the caller owns the whole
     prompt, as in llama.cpp and vLLM).
-    token_ids: used as they are.
+    token_ids: used as they are; those that `Frontend.encode` made of a conversation (ChatIds) are still known
+    as one.
     template_args: variables for the chat template.
     """
 
@@ -36,6 +47,11 @@ class Prompt:
                 f"a prompt is one of messages, text and token_ids; given: {', '.join(given) or 'none'}",
                 param="prompt",
             )
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the answer is an assistant's turn."""
+        return self.messages is not None or isinstance(self.token_ids, ChatIds)
 
     @property
     def param(self) -> str:
@@ -58,6 +74,9 @@ class PromptEncoder:
         self._name = loaded.name
         self._tokenizer = loaded.tokenizer
         self._template = loaded.chat_template
+        source = "" if loaded.chat_template is None else loaded.chat_template.source
+        self._knows_tools = knows_tools(source)
+        self._format = format_of(source)
         self._context_length = loaded.engine.max_length
         pieces = () if loaded.tokenizer is None else loaded.tokenizer.pieces
         self._longest_token = max(map(len, pieces), default=1)
@@ -87,9 +106,26 @@ class PromptEncoder:
                 param="messages",
                 code="no_chat_template",
             )
-        return tuple(
-            encode_chat(self._template, tokenizer, list(prompt.messages or ()), **prompt.template_args)
-        )
+        messages, tools = self._conversation(prompt, options, warnings)
+        arguments = dict(prompt.template_args)
+        tools = arguments.pop("tools", None) or tools or None
+        return ChatIds(encode_chat(self._template, tokenizer, messages, tools, **arguments))
+
+    def _conversation(
+        self, prompt: Prompt, options: RequestOptions, warnings: list[str] | None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """(messages, tools) as the template wants them."""
+        messages = normalize_messages(list(prompt.messages or ()))
+        tools = [] if options.tool_choice == "none" else [_definition(tool) for tool in options.tools]
+        if not self._knows_tools:
+            if tools and warnings is not None:
+                warnings.append(
+                    f"the chat template of {self._name} knows no tools: the system message describes them"
+                )
+            if tools or mentions_tools(messages):
+                messages = tools_as_text(messages, tools)
+            return messages, []
+        return with_mistral_ids(messages) if self._format.name == "mistral" else messages, tools
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; see `Frontend.decode`."""
@@ -118,3 +154,12 @@ class PromptEncoder:
             param=prompt.param,
             code="context_length_exceeded",
         )
+
+
+def _definition(tool: Tool) -> dict[str, Any]:
+    """A tool as OpenAI's API has it, which is what templates print."""
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    function["parameters"] = tool.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}

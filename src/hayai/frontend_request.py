@@ -32,11 +32,13 @@ class Constraint:
     """A form that the answer must have.
 
     kind and value: 'json' any JSON object (None), 'json_schema' a schema, 'regex' a pattern, 'grammar' a Lark
-    grammar in llguidance's dialect, 'choice' a list of strings.
+    grammar in llguidance's dialect, 'choice' a list of strings. param: the field that an error names, as the
+    caller spells it.
     """
 
     kind: Literal["json", "json_schema", "regex", "grammar", "choice"]
     value: Any = None
+    param: str = ""
 
 
 class ToolCallDelta(NamedTuple):
@@ -47,6 +49,15 @@ class ToolCallDelta(NamedTuple):
     arguments: str = ""
     call_id: str | None = None
     name: str | None = None
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A whole call of a finished answer. arguments: JSON text as the model wrote it."""
+
+    call_id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True)

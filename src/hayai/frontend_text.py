@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hayai.engine.request import Logprob, RequestTiming, SamplingParams, TokenEvent
 from hayai.engine.service import EngineError
-from hayai.frontend_request import ToolCallDelta
+from hayai.frontend_answer import NO_FORM, AnswerForm
+from hayai.frontend_request import ToolCall, ToolCallDelta
 from hayai.frontend_stops import StopMatcher
 from hayai.text.detokenizer import Detokenizer
+from hayai.text.router import CallPiece, Router
 from hayai.text.tokenizer import Tokenizer
+from hayai.text.tool_prompt import mistral_id
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,14 @@ class TextAssembler:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_tokens: int, arrived: float
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        prompt_tokens: int,
+        arrived: float,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, shown=shown)
         self._vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
         self._matcher = StopMatcher(params.stop) if params.stop else None
         self._timing = RequestTiming(arrived, prompt_tokens=prompt_tokens)
@@ -156,7 +165,8 @@ class TextAssembler:
 class RichAssembler(TextAssembler):
     """A TextAssembler for what most requests don't ask for, so that they don't pay for it.
 
-    generate False: the sampled token is dropped; what comes is one chunk without text.
+    generate False: the sampled token is dropped; what comes is one chunk without text. form: what is taken
+    out of the text. Stop strings are looked for before that, in all that the model wrote.
     """
 
     def __init__(
@@ -166,9 +176,12 @@ class RichAssembler(TextAssembler):
         prompt_tokens: int,
         arrived: float,
         generate: bool = True,
+        form: AnswerForm = NO_FORM,
     ) -> None:
-        super().__init__(tokenizer, params, prompt_tokens, arrived)
+        super().__init__(tokenizer, params, prompt_tokens, arrived, form.shown)
         self._generate = generate
+        self._router = form.router
+        self._new_id = mistral_call_id if form.mistral_ids else call_id
         self._prompt_logprobs: tuple[Logprob | None, ...] | None = None
 
     def push(self, event: TokenEvent) -> TextChunk | None:
@@ -177,6 +190,8 @@ class RichAssembler(TextAssembler):
         chunk = super().push(event) if self._generate else self._score(event)
         if chunk is None:
             return None
+        if self._router is not None:
+            chunk = self._route(chunk, self._router)
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
         return chunk if prompt_logprobs is None else chunk._replace(prompt_logprobs=prompt_logprobs)
 
@@ -186,6 +201,35 @@ class RichAssembler(TextAssembler):
             return None if event.finish_reason is None else super().push(event)
         chunk = super().push(event._replace(token_id=-1, finish_reason="stop", logprob=None))
         return None if chunk is None else chunk._replace(finish_reason="length")
+
+    def _route(self, chunk: TextChunk, router: Router) -> TextChunk:
+        parts = [router.push(chunk.text)]
+        reason = chunk.finish_reason
+        if reason is not None:
+            parts.append(router.flush())
+            if reason == "stop" and chunk.stop is None and router.num_calls:
+                reason = "tool_calls"
+        return chunk._replace(
+            text="".join(part.text for part in parts),
+            finish_reason=reason,
+            reasoning="".join(part.reasoning for part in parts),
+            tool_calls=tuple(self._delta(piece) for part in parts for piece in part.calls),
+        )
+
+    def _delta(self, piece: CallPiece) -> ToolCallDelta:
+        if piece.name is None:
+            return ToolCallDelta(piece.number, piece.arguments)
+        return ToolCallDelta(piece.number, piece.arguments, self._new_id(), piece.name)
+
+
+def call_id() -> str:
+    """A fresh id of a tool call."""
+    return "call_" + os.urandom(12).hex()
+
+
+def mistral_call_id() -> str:
+    """One that Mistral's templates take back."""
+    return mistral_id(os.urandom(12).hex())
 
 
 def join_chunks(chunks: Sequence[TextChunk]) -> TextChunk:
@@ -200,3 +244,14 @@ def join_chunks(chunks: Sequence[TextChunk]) -> TextChunk:
         tool_calls=tuple(d for c in chunks for d in c.tool_calls),
         prompt_logprobs=chunks[0].prompt_logprobs,
     )
+
+
+def join_calls(deltas: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:
+    """The whole calls that pieces in a row make up."""
+    calls: list[ToolCall] = []
+    for delta in deltas:
+        if delta.name is not None and delta.call_id is not None:
+            calls.append(ToolCall(delta.call_id, delta.name, delta.arguments))
+        else:
+            calls[-1] = replace(calls[-1], arguments=calls[-1].arguments + delta.arguments)
+    return tuple(calls)

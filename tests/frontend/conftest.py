@@ -17,19 +17,20 @@ from hayai.text.chat import ChatTemplate
 
 @pytest.fixture
 def make_frontend() -> Iterator[MakeFrontend]:
-    """make_frontend(reply, vocabulary=True, template=True, **engine options) -> (frontend, runner)."""
+    """make_frontend(reply, vocabulary=True, template=True or a source, **engine options)."""
     made: list[Frontend] = []
 
     def make(
-        reply: Reply = hashed, *, vocabulary: bool = True, template: bool = True, **options: int
+        reply: Reply = hashed, *, vocabulary: bool = True, template: bool | str = True, **options: int
     ) -> tuple[Frontend, FakeRunner]:
+        source = template if isinstance(template, str) else TEMPLATE
         engine, runner = make_engine(reply=reply, **options)  # type: ignore[arg-type]
         loaded = LoadedModel(
             name="fake",
             path=Path("fake.gguf"),
             engine=engine,
             tokenizer=TOKENIZER if vocabulary else None,
-            chat_template=ChatTemplate(TEMPLATE) if template and vocabulary else None,
+            chat_template=ChatTemplate(source) if template and vocabulary else None,
             model_config=ModelConfig("fake", 500, 8, 1, 1, 1, 8, 8, 256, 1e-5),
             engine_config=EngineConfig(),
             plans={},

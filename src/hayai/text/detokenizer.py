@@ -14,9 +14,12 @@ class Detokenizer:
     `b"".join(bytes of the tokens).decode("utf-8", "replace")`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special: bool = True, shown: frozenset[int] = frozenset()
+    ) -> None:
+        """skip_special: control tokens are no text, but those in `shown`, which appear by name."""
         self._pieces = tokenizer.pieces
-        self._skipped = tokenizer.special_ids if skip_special else frozenset[int]()
+        self._skipped = tokenizer.special_ids - shown if skip_special else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:

@@ -108,7 +108,7 @@ def _check_depth(value: object, param: str, depth: int = 0) -> None:
 
 def regex_grammar(pattern: object, param: str) -> Grammar:
     """Text that a regular expression matches from its first to its last character (syntax of Rust's regex,
-    without look-around)."""
+    without look-around; \\d is 0 to 9)."""
     if not isinstance(pattern, str) or not pattern:
         raise _refused("a regular expression is a string that is not empty", param)
     if len(pattern) > MAX_REGEX_CHARS:
@@ -118,7 +118,7 @@ def regex_grammar(pattern: object, param: str) -> Grammar:
     # Imported where it is needed: 25 to 40 ms that a run without a grammar should not pay.
     from llguidance import regex_to_lark
 
-    return Grammar(f"start: /{regex_to_lark(pattern, '')}/", param)
+    return Grammar(f"start: /{regex_to_lark(pattern)}/", param)
 
 
 def lark_grammar(source: object, param: str) -> Grammar:

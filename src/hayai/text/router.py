@@ -290,7 +290,8 @@ class _Calls:
         if close and buffer.startswith(close):
             self._buffer = buffer[len(close) :]
             return self._go(self._outside)
-        if close and not last and close.startswith(buffer):
+        if close and close.startswith(buffer):
+            self._buffer = "" if last else buffer  # cut in the middle of the closing tag
             return False
         return self._go(self._head if buffer[0] == "{" else self._outside)
 

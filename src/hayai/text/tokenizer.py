@@ -82,6 +82,7 @@ class Tokenizer:
         user = {vocabulary.tokens[i]: i for i in vocabulary.ids_of_type(USER_DEFINED)}
         control = {vocabulary.tokens[i]: i for i in sorted(self.special_ids)}
         self._user_tokens = SpecialTokens(user, strip_after)
+        self.control_ids: Mapping[str, int] = control
         self._control_tokens = SpecialTokens(control)
         self._all_tokens = SpecialTokens(user | control, strip_after)
         edges = {token[0] for token in control} | {token[-1] for token in control}
