@@ -59,8 +59,8 @@ def read_environment(env: Mapping[str, str] | None = None) -> Environment:
 
 
 def one_blas_thread() -> None:
-    """Keep numpy, not imported yet, from starting threads for its matrix products, unless the user has said how
-    many. For callers that compute in our own kernels, where those threads only hold memory."""
+    """Keep numpy, not imported yet, from starting threads for its matrix products, unless the user has said
+    how many. For callers that compute in our own kernels, where those threads only hold memory."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 

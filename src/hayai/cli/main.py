@@ -16,6 +16,7 @@ import click
 
 import hayai
 from hayai.cli.console import print_error
+from hayai.config import one_blas_thread
 from hayai.errors import HayaiError
 
 VERBS = {
@@ -46,7 +47,7 @@ class LazyGroup(click.Group):
         if cmd_name not in self.list_commands(ctx):
             return None
         if cmd_name in ONE_BLAS_THREAD:
-            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+            one_blas_thread()
         command = importlib.import_module(f"hayai.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # requests are imported where numpy is not wanted
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class MaskSource(Protocol):
