@@ -62,7 +62,8 @@ NEVER = {"torch", "triton", "transformers", "llama_cpp"}
 
 LAZY = {
     "asyncio", "readline", "rich", "uvloop", "hayai._native", "hayai.api", "hayai.backends", "hayai.bench",
-    "hayai.frontend_async", "hayai.text.budget", "hayai.text.sandbox", "hayai.weights.download", "tokenizers",
+    "hayai.frontend_answer", "hayai.frontend_async", "hayai.text.budget", "hayai.text.sandbox",
+    "hayai.text.tool_prompt", "hayai.weights.download", "tokenizers",
     "hayai.server.ledger", "hayai.server.reports", "hayai.server.responses_store",
     "hayai.server.storage",
     "llguidance", "opentelemetry", "prometheus_client", "python_multipart",

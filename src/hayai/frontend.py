@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING
 from hayai.engine.request import EngineRequest, Logprob, RequestTiming, SamplingParams, TokenEvent
 from hayai.engine.service import EngineError, EngineService
 from hayai.errors import RequestError
-from hayai.frontend_answer import NO_FORM, AnswerForm, AnswerForms
 from hayai.frontend_prompt import Prompt, PromptEncoder
-from hayai.frontend_request import PLAIN, RequestOptions, ToolCall
-from hayai.frontend_text import RichAssembler, TextAssembler, TextChunk, Usage, join_calls, join_chunks
+from hayai.frontend_request import PLAIN, RequestOptions, ToolCall, thinking_tags
+from hayai.frontend_text import TextAssembler, TextChunk, Usage, join_calls, join_chunks
 from hayai.load import LoadedModel
 from hayai.text.tokenizer import Tokenizer
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
     from hayai.engine.engine import EngineStats
+    from hayai.frontend_answer import AnswerForm, AnswerForms
     from hayai.frontend_async import DirectSink, EventBox, LoopMailbox
 
 __all__ = ["Completion", "EngineError", "Frontend", "Prompt", "TextChunk", "Usage"]
@@ -73,7 +73,9 @@ class Frontend:
         # the interpreter, nor the weights their last user. Nothing here may refer to `self`.
         self._close = weakref.finalize(self, _shut_down, self.service)
         self._encoder = PromptEncoder(loaded)
-        self._forms = AnswerForms(loaded)
+        self._forms: AnswerForms | None = None
+        template = loaded.chat_template
+        self._thinks = template is not None and thinking_tags(template.source) is not None
 
     @property
     def context_length(self) -> int:
@@ -127,6 +129,13 @@ class Frontend:
         """Tokens of a prompt, as `encode` makes them. Errors as `encode`."""
         return len(self.encode(prompt, options))
 
+    def infill(self, prefix: str, suffix: str) -> Prompt:
+        """A prompt that asks for the text between `prefix` and `suffix`.
+
+        RequestError (param 'suffix'): the vocabulary has no tokens for it.
+        """
+        return self._encoder.infill(prefix, suffix)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, control tokens by name, bytes that are not UTF-8 replaced.
 
@@ -140,7 +149,7 @@ class Frontend:
         params: SamplingParams,
         options: RequestOptions = PLAIN,
         request_id: str | None = None,
-        form: AnswerForm = NO_FORM,
+        form: AnswerForm | None = None,
     ) -> EngineRequest:
         if params.stop:
             self._encoder.vocabulary("stop", "stop strings can't be found in its text")
@@ -154,7 +163,7 @@ class Frontend:
                 priority=options.priority,
                 tenant=options.tenant,
                 cache_salt=options.cache_salt,
-                mask=form.mask,
+                mask=None if form is None else form.mask,
                 prompt_logprobs=options.prompt_logprobs,
                 deadline=options.deadline,
             )
@@ -163,17 +172,29 @@ class Frontend:
 
     def _form(
         self, prompt: Prompt, ids: tuple[int, ...], options: RequestOptions, warnings: list[str] | None
-    ) -> AnswerForm:
-        if not options.generate or self._forms.is_plain(prompt, options):
+    ) -> AnswerForm | None:
+        """The form of the answer; None where it is just text with nothing beside it."""
+        plain = options.constraint is None and not options.active_tools
+        thinks = self._thinks and options.reasoning and prompt.is_chat
+        if options.generate and options.prompt_logprobs is None and plain and not thinks:
+            return None
+        # Imported for those who need it: grammars and tool formats take 10 ms of everybody else's start.
+        from hayai.frontend_answer import NO_FORM, AnswerForms
+
+        if not options.generate:
             return NO_FORM
+        if self._forms is None:
+            self._forms = AnswerForms(self.loaded)
         return self._forms.form(prompt, ids, options, warnings)
 
     def _assembler(
-        self, request: EngineRequest, options: RequestOptions, form: AnswerForm, arrived: float
+        self, request: EngineRequest, options: RequestOptions, form: AnswerForm | None, arrived: float
     ) -> TextAssembler:
         num_tokens = len(request.prompt_ids)
-        if options.generate and options.prompt_logprobs is None and form.router is None:
+        if form is None:
             return TextAssembler(self.tokenizer, request.params, num_tokens, arrived)
+        from hayai.frontend_answer import RichAssembler  # as above
+
         return RichAssembler(self.tokenizer, request.params, num_tokens, arrived, options.generate, form)
 
     # ------------------------------------------------------------------ asynchronous
@@ -225,9 +246,7 @@ class Frontend:
             ids = self.encode(prompt, options, warnings)
         else:
             ids = await asyncio.to_thread(self.encode, prompt, options, warnings)
-        if self._forms.needs_grammar(
-            options
-        ):  # which may take some milliseconds, the first one a tenth of a second
+        if options.needs_grammar:  # which may take some milliseconds, the first one a tenth of a second
             form = await asyncio.to_thread(self._form, prompt, ids, options, warnings)
         else:
             form = self._form(prompt, ids, options, warnings)
@@ -315,7 +334,7 @@ class Frontend:
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} sampling parameters", param="params")
         requests = []
-        forms: dict[str, AnswerForm] = {}
+        forms: dict[str, AnswerForm | None] = {}
         for prompt, own in zip(prompts, each, strict=True):
             ids = self.encode(prompt, options, warnings)
             form = self._form(prompt, ids, options, warnings)

@@ -6,13 +6,16 @@ ends inside the model's reasoning.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hayai.engine.request import Logprob, SamplingParams, TokenEvent
 from hayai.errors import RequestError
 from hayai.frontend_prompt import Prompt
-from hayai.frontend_request import Constraint, RequestOptions, Tool
+from hayai.frontend_request import Constraint, RequestOptions, Tool, ToolCallDelta, thinking_tags
+from hayai.frontend_text import TextAssembler, TextChunk
 from hayai.load import LoadedModel
 from hayai.text.grammar import (
     Grammar,
@@ -27,7 +30,8 @@ from hayai.text.grammar import (
     regex_grammar,
     schema_grammar,
 )
-from hayai.text.router import Router
+from hayai.text.router import CallPiece, Router
+from hayai.text.tokenizer import Tokenizer
 from hayai.text.tool_formats import (
     HERMES,
     CallSpec,
@@ -36,9 +40,7 @@ from hayai.text.tool_formats import (
     format_of,
     unenforced,
 )
-
-THINKING_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-"""Around a model's reasoning; in use where the chat template has the closing one."""
+from hayai.text.tool_prompt import mistral_id
 
 TAIL_TOKENS = 16
 """Of a prompt, in which to look for a tag at its end."""
@@ -73,32 +75,12 @@ class AnswerForms:
         source = "" if loaded.chat_template is None else loaded.chat_template.source
         self._format = HERMES if not source else format_of(source)
         self._named = "[ARGS]" in source
-        self._tags = next((tags for tags in THINKING_TAGS if tags[1] in source), None)
+        self._tags = thinking_tags(source)
         engine = loaded.engine
         self._compiler = (
             None
             if loaded.tokenizer is None
             else GrammarCompiler(loaded.tokenizer, engine.vocab_size, engine.end_ids)
-        )
-
-    def is_plain(self, prompt: Prompt, options: RequestOptions) -> bool:
-        """Whether the answer is just its text."""
-        return (
-            options.constraint is None
-            and not _active_tools(options)
-            and not (self._tags and options.reasoning and prompt.is_chat)
-        )
-
-    def needs_grammar(self, options: RequestOptions) -> bool:
-        """Whether `form` has to compile something."""
-        tools = _active_tools(options)
-        return options.constraint is not None or (
-            bool(tools)
-            and (
-                options.tool_choice == "required"
-                or options.forced_tool is not None
-                or any(tool.strict for tool in tools)
-            )
         )
 
     def form(
@@ -107,9 +89,9 @@ class AnswerForms:
         """The form of an answer to `ids`. RequestError: what can't be enforced."""
         thinking = self._thinking(prompt, ids)
         mask = None
-        if self.needs_grammar(options):
+        if options.needs_grammar:
             mask = self._compile(self._grammar(options, thinking, warnings))
-        tools = {tool.name: tool.parameters for tool in _active_tools(options)}
+        tools = {tool.name: tool.parameters for tool in options.active_tools}
         if not tools and not (thinking and options.reasoning):
             return AnswerForm(mask)
         router = Router(thinking if options.reasoning else None, self._format if tools else None, tools)
@@ -145,7 +127,7 @@ class AnswerForms:
         self, options: RequestOptions, thinking: tuple[str, str, bool] | None, warnings: list[str] | None
     ) -> Grammar:
         body = None if options.constraint is None else constraint_grammar(options.constraint)
-        tools = _active_tools(options)
+        tools = options.active_tools
         if not tools:
             assert body is not None
             rules, param = "answer: @body", body.param
@@ -231,6 +213,76 @@ class AnswerForms:
         return literal(text) if token is None else f"<[{token}]>"
 
 
+class RichAssembler(TextAssembler):
+    """A TextAssembler for what most requests don't ask for, so that they don't pay for it.
+
+    generate False: the sampled token is dropped; what comes is one chunk without text. form: what is taken
+    out of the text. Stop strings are looked for before that, in all that the model wrote.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        prompt_tokens: int,
+        arrived: float,
+        generate: bool = True,
+        form: AnswerForm = NO_FORM,
+    ) -> None:
+        super().__init__(tokenizer, params, prompt_tokens, arrived, form.shown)
+        self._generate = generate
+        self._router = form.router
+        self._new_id = mistral_call_id if form.mistral_ids else call_id
+        self._prompt_logprobs: tuple[Logprob | None, ...] | None = None
+
+    def push(self, event: TokenEvent) -> TextChunk | None:
+        if event.prompt_logprobs is not None:
+            self._prompt_logprobs = event.prompt_logprobs
+        chunk = super().push(event) if self._generate else self._score(event)
+        if chunk is None:
+            return None
+        if self._router is not None:
+            chunk = self._route(chunk, self._router)
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        return chunk if prompt_logprobs is None else chunk._replace(prompt_logprobs=prompt_logprobs)
+
+    def _score(self, event: TokenEvent) -> TextChunk | None:
+        """Only the prompt was wanted: the last event without its token."""
+        if event.finish_reason not in ("stop", "length"):
+            return None if event.finish_reason is None else super().push(event)
+        chunk = super().push(event._replace(token_id=-1, finish_reason="stop", logprob=None))
+        return None if chunk is None else chunk._replace(finish_reason="length")
+
+    def _route(self, chunk: TextChunk, router: Router) -> TextChunk:
+        parts = [router.push(chunk.text)]
+        reason = chunk.finish_reason
+        if reason is not None:
+            parts.append(router.flush())
+            if reason == "stop" and chunk.stop is None and router.num_calls:
+                reason = "tool_calls"
+        return chunk._replace(
+            text="".join(part.text for part in parts),
+            finish_reason=reason,
+            reasoning="".join(part.reasoning for part in parts),
+            tool_calls=tuple(self._delta(piece) for part in parts for piece in part.calls),
+        )
+
+    def _delta(self, piece: CallPiece) -> ToolCallDelta:
+        if piece.name is None:
+            return ToolCallDelta(piece.number, piece.arguments)
+        return ToolCallDelta(piece.number, piece.arguments, self._new_id(), piece.name)
+
+
+def call_id() -> str:
+    """A fresh id of a tool call."""
+    return "call_" + os.urandom(12).hex()
+
+
+def mistral_call_id() -> str:
+    """One that Mistral's templates take back."""
+    return mistral_id(os.urandom(12).hex())
+
+
 def constraint_grammar(constraint: Constraint) -> Grammar:
     """The grammar of a constraint. RequestError with the field's name."""
     return _GRAMMARS[constraint.kind](constraint.value, constraint.param or _PARAMS[constraint.kind])
@@ -243,13 +295,6 @@ _PARAMS: Mapping[str, str] = {
     "grammar": "grammar",
     "choice": "choice",
 }
-
-
-def _active_tools(options: RequestOptions) -> tuple[Tool, ...]:
-    """The tools that may be called in this answer."""
-    if options.forced_tool is not None:
-        return tuple(tool for tool in options.tools if tool.name == options.forced_tool)
-    return () if options.tool_choice == "none" else options.tools
 
 
 def _parallel(options: RequestOptions) -> bool:

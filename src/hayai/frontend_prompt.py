@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hayai.errors import RequestError
-from hayai.frontend_request import PLAIN, RequestOptions, Tool
+from hayai.frontend_request import PLAIN, RequestOptions
 from hayai.load import LoadedModel
 from hayai.text.chat import encode_chat
-from hayai.text.messages import normalize_messages
 from hayai.text.tokenizer import Tokenizer
-from hayai.text.tool_formats import format_of, knows_tools
-from hayai.text.tool_prompt import mentions_tools, tools_as_text, with_mistral_ids
 
 
 class ChatIds(tuple[int, ...]):
@@ -74,9 +71,6 @@ class PromptEncoder:
         self._name = loaded.name
         self._tokenizer = loaded.tokenizer
         self._template = loaded.chat_template
-        source = "" if loaded.chat_template is None else loaded.chat_template.source
-        self._knows_tools = knows_tools(source)
-        self._format = format_of(source)
         self._context_length = loaded.engine.max_length
         pieces = () if loaded.tokenizer is None else loaded.tokenizer.pieces
         self._longest_token = max(map(len, pieces), default=1)
@@ -106,26 +100,33 @@ class PromptEncoder:
                 param="messages",
                 code="no_chat_template",
             )
-        messages, tools = self._conversation(prompt, options, warnings)
         arguments = dict(prompt.template_args)
-        tools = arguments.pop("tools", None) or tools or None
-        return ChatIds(encode_chat(self._template, tokenizer, messages, tools, **arguments))
+        messages: Sequence[Mapping[str, Any]] = list(prompt.messages or ())
+        tools = arguments.pop("tools", None)
+        if options.tools or any(m.get("role") == "tool" or m.get("tool_calls") for m in messages):
+            # Imported for those who use tools: their formats take 5 ms of everybody else's start.
+            from hayai.text.tool_prompt import definition, for_template
 
-    def _conversation(
-        self, prompt: Prompt, options: RequestOptions, warnings: list[str] | None
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """(messages, tools) as the template wants them."""
-        messages = normalize_messages(list(prompt.messages or ()))
-        tools = [] if options.tool_choice == "none" else [_definition(tool) for tool in options.tools]
-        if not self._knows_tools:
-            if tools and warnings is not None:
+            offered = () if options.tool_choice == "none" else options.tools
+            definitions = [definition(t.name, t.description, t.parameters) for t in offered]
+            messages, own, described = for_template(self._template.source, messages, definitions)
+            tools = tools or own
+            if described and warnings is not None:
                 warnings.append(
                     f"the chat template of {self._name} knows no tools: the system message describes them"
                 )
-            if tools or mentions_tools(messages):
-                messages = tools_as_text(messages, tools)
-            return messages, []
-        return with_mistral_ids(messages) if self._format.name == "mistral" else messages, tools
+        return ChatIds(encode_chat(self._template, tokenizer, messages, tools, **arguments))
+
+    def infill(self, prefix: str, suffix: str) -> Prompt:
+        """A prompt for the text between two; see `Frontend.infill`."""
+        ids = self.vocabulary("suffix", "there is no text to fill in").encode_infill(prefix, suffix)
+        if ids is None:
+            raise RequestError(
+                f"model {self._name} has no tokens to fill in the middle of a text: leave out the suffix",
+                param="suffix",
+                code="unsupported_parameter",
+            )
+        return Prompt(token_ids=tuple(ids))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; see `Frontend.decode`."""
@@ -154,12 +155,3 @@ class PromptEncoder:
             param=prompt.param,
             code="context_length_exceeded",
         )
-
-
-def _definition(tool: Tool) -> dict[str, Any]:
-    """A tool as OpenAI's API has it, which is what templates print."""
-    function: dict[str, Any] = {"name": tool.name}
-    if tool.description:
-        function["description"] = tool.description
-    function["parameters"] = tool.parameters or {"type": "object", "properties": {}}
-    return {"type": "function", "function": function}

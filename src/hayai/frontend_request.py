@@ -12,6 +12,13 @@ from typing import Any, Literal, NamedTuple
 from hayai.engine.request import MAX_LOGPROBS
 from hayai.errors import RequestError
 
+THINKING_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
+
+def thinking_tags(template: str) -> tuple[str, str] | None:
+    """What stands around the reasoning of a model with this chat template; None where it knows of none."""
+    return next((tags for tags in THINKING_TAGS if tags[1] in template), None)
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -106,6 +113,20 @@ class RequestOptions:
             raise RequestError(
                 "tool_choice is 'required', but there are no tools", param="tool_choice", code="invalid_value"
             )
+
+    @property
+    def active_tools(self) -> tuple[Tool, ...]:
+        """The tools that may be called in this answer."""
+        if self.forced_tool is not None:
+            return tuple(tool for tool in self.tools if tool.name == self.forced_tool)
+        return () if self.tool_choice == "none" else self.tools
+
+    @property
+    def needs_grammar(self) -> bool:
+        """Whether the answer is bound to a form while it is written."""
+        if self.constraint is not None or self.forced_tool is not None:
+            return True
+        return self.tool_choice == "required" or any(tool.strict for tool in self.active_tools)
 
 
 PLAIN = RequestOptions()

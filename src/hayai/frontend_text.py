@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -11,13 +10,10 @@ from typing import NamedTuple
 
 from hayai.engine.request import Logprob, RequestTiming, SamplingParams, TokenEvent
 from hayai.engine.service import EngineError
-from hayai.frontend_answer import NO_FORM, AnswerForm
 from hayai.frontend_request import ToolCall, ToolCallDelta
 from hayai.frontend_stops import StopMatcher
 from hayai.text.detokenizer import Detokenizer
-from hayai.text.router import CallPiece, Router
 from hayai.text.tokenizer import Tokenizer
-from hayai.text.tool_prompt import mistral_id
 
 
 @dataclass(frozen=True)
@@ -160,76 +156,6 @@ class TextAssembler:
             tuple(e.token_id for e in events),
             tuple(e.logprob for e in events if e.logprob is not None),
         )
-
-
-class RichAssembler(TextAssembler):
-    """A TextAssembler for what most requests don't ask for, so that they don't pay for it.
-
-    generate False: the sampled token is dropped; what comes is one chunk without text. form: what is taken
-    out of the text. Stop strings are looked for before that, in all that the model wrote.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        params: SamplingParams,
-        prompt_tokens: int,
-        arrived: float,
-        generate: bool = True,
-        form: AnswerForm = NO_FORM,
-    ) -> None:
-        super().__init__(tokenizer, params, prompt_tokens, arrived, form.shown)
-        self._generate = generate
-        self._router = form.router
-        self._new_id = mistral_call_id if form.mistral_ids else call_id
-        self._prompt_logprobs: tuple[Logprob | None, ...] | None = None
-
-    def push(self, event: TokenEvent) -> TextChunk | None:
-        if event.prompt_logprobs is not None:
-            self._prompt_logprobs = event.prompt_logprobs
-        chunk = super().push(event) if self._generate else self._score(event)
-        if chunk is None:
-            return None
-        if self._router is not None:
-            chunk = self._route(chunk, self._router)
-        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
-        return chunk if prompt_logprobs is None else chunk._replace(prompt_logprobs=prompt_logprobs)
-
-    def _score(self, event: TokenEvent) -> TextChunk | None:
-        """Only the prompt was wanted: the last event without its token."""
-        if event.finish_reason not in ("stop", "length"):
-            return None if event.finish_reason is None else super().push(event)
-        chunk = super().push(event._replace(token_id=-1, finish_reason="stop", logprob=None))
-        return None if chunk is None else chunk._replace(finish_reason="length")
-
-    def _route(self, chunk: TextChunk, router: Router) -> TextChunk:
-        parts = [router.push(chunk.text)]
-        reason = chunk.finish_reason
-        if reason is not None:
-            parts.append(router.flush())
-            if reason == "stop" and chunk.stop is None and router.num_calls:
-                reason = "tool_calls"
-        return chunk._replace(
-            text="".join(part.text for part in parts),
-            finish_reason=reason,
-            reasoning="".join(part.reasoning for part in parts),
-            tool_calls=tuple(self._delta(piece) for part in parts for piece in part.calls),
-        )
-
-    def _delta(self, piece: CallPiece) -> ToolCallDelta:
-        if piece.name is None:
-            return ToolCallDelta(piece.number, piece.arguments)
-        return ToolCallDelta(piece.number, piece.arguments, self._new_id(), piece.name)
-
-
-def call_id() -> str:
-    """A fresh id of a tool call."""
-    return "call_" + os.urandom(12).hex()
-
-
-def mistral_call_id() -> str:
-    """One that Mistral's templates take back."""
-    return mistral_id(os.urandom(12).hex())
 
 
 def join_chunks(chunks: Sequence[TextChunk]) -> TextChunk:

@@ -10,8 +10,9 @@ from frontend_fakes import START, MakeFrontend, ids, says
 from hayai.engine.request import EngineRequest, Logprob, SamplingParams, TokenEvent
 from hayai.errors import RequestError
 from hayai.frontend import Prompt, Usage
+from hayai.frontend_answer import RichAssembler
 from hayai.frontend_request import RequestOptions, Tool
-from hayai.frontend_text import RichAssembler, TextChunk, join_chunks
+from hayai.frontend_text import TextChunk, join_chunks
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -103,3 +104,10 @@ def test_options_that_make_no_sense(kw: dict[str, object], param: str) -> None:
     with pytest.raises(RequestError) as info:
         RequestOptions(**kw)  # type: ignore[arg-type]
     assert info.value.param == param
+
+
+def test_infill_needs_tokens_for_it(make_frontend: MakeFrontend) -> None:
+    frontend, _ = make_frontend()
+    with pytest.raises(RequestError, match="fill in the middle") as info:
+        frontend.infill("a", "b")
+    assert (info.value.param, info.value.code) == ("suffix", "unsupported_parameter")

@@ -22,6 +22,7 @@ from hayai.text.special import SpecialTokens
 from hayai.text.spm import SentencePiece
 from hayai.text.vocab import (
     CONTROL,
+    INFILL_ROLES,
     PREFIX,
     UNKNOWN,
     USER_DEFINED,
@@ -127,6 +128,26 @@ class Tokenizer:
             ids.append(self.bos_id)
         tokens = self._all_tokens if special else self._user_tokens
         return ids + self.encode_parts(tokens.split(_clean(text)))
+
+    def encode_infill(self, prefix: str, suffix: str) -> list[int] | None:
+        """Ids that ask for the text between `prefix` and `suffix` (Bavarian et al. 2022, prefix first); None
+        where the vocabulary has no tokens for it. No control tokens are looked for in either."""
+        special = self.vocabulary.special
+        marks = [special.get(role) for role in INFILL_ROLES]
+        if None in marks:
+            return None
+        before, between, after = (mark for mark in marks if mark is not None)
+        start = [self.bos_id] if self.add_bos and self.bos_id is not None else []
+        return [*start, before, *self._bare(prefix), between, *self._bare(suffix), after]
+
+    def _bare(self, text: str) -> list[int]:
+        """Ids of a text that goes on where another one ended: without a space in front."""
+        parts = self._user_tokens.split(_clean(text))
+        return [
+            token
+            for part in parts
+            for token in ([part] if isinstance(part, int) else self._encoder.encode(part))
+        ]
 
     def split_special(self, text: str) -> list[str | int]:
         """`text` cut at control and user-defined tokens: their ids, and the stretches between them."""

@@ -15,6 +15,9 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hayai.text.messages import normalize_messages
+from hayai.text.tool_formats import format_of, knows_tools
+
 Message = dict[str, Any]
 
 _INSTRUCTIONS = """\
@@ -33,6 +36,28 @@ To call a function, write a JSON object with its name and its arguments between 
 You then get the result between <tool_response> and </tool_response>."""
 
 
+def definition(name: str, description: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as OpenAI's API has it, which is what templates print."""
+    function: dict[str, Any] = {"name": name}
+    if description:
+        function["description"] = description
+    function["parameters"] = parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}
+
+
+def for_template(
+    source: str, messages: object, tools: Sequence[Mapping[str, Any]]
+) -> tuple[list[Message], list[Mapping[str, Any]] | None, bool]:
+    """(messages, tools, whether the tools are in the messages now), as the template `source` wants them.
+    Errors as `normalize_messages`."""
+    normal = normalize_messages(messages)
+    if not knows_tools(source):
+        return tools_as_text(normal, tools), None, bool(tools)
+    if format_of(source).name == "mistral":
+        normal = with_mistral_ids(normal)
+    return normal, list(tools) or None, False
+
+
 def tools_as_text(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Normalised messages (messages.py) with all that concerns tools as plain text. tools: as OpenAI's API
     has them ({"type": "function", "function": ...}); none: only calls and results are rewritten."""
@@ -49,11 +74,6 @@ def tools_as_text(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]
         lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         _add_instructions(result, _INSTRUCTIONS.format(tools=lines))
     return result
-
-
-def mentions_tools(messages: Sequence[Message]) -> bool:
-    """Whether a conversation has calls or results in it."""
-    return any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
 
 
 def _add_instructions(messages: list[Message], text: str) -> None:

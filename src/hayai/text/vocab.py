@@ -38,10 +38,24 @@ SPECIAL_KEYS = {
     "eot": "eot_token_id",
     "eom": "eom_token_id",
     "unk": "unknown_token_id",
+    "fim_pre": "fim_pre_token_id",
+    "fim_suf": "fim_suf_token_id",
+    "fim_mid": "fim_mid_token_id",
     "fim_pad": "fim_pad_token_id",
     "fim_rep": "fim_rep_token_id",
     "fim_sep": "fim_sep_token_id",
 }
+# Tokens around the two halves of a text with a gap, by name; a file may also give them by id.
+INFILL_NAMES = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+    ("<PRE>", "<SUF>", "<MID>"),
+)
+INFILL_ROLES = ("fim_pre", "fim_suf", "fim_mid")
 PREFIX = "tokenizer.ggml."
 
 
@@ -171,6 +185,11 @@ def read_vocabulary(
         )
     types = _types(metadata, len(tokens))
     special = _special_ids(metadata, len(tokens), defaults or {})
+    if not all(role in special for role in INFILL_ROLES):
+        for names in INFILL_NAMES:
+            if all(name in ids for name in names):
+                special |= {role: ids[name] for role, name in zip(INFILL_ROLES, names, strict=True)}
+                break
     ends = _mark_ends(metadata, ids, types, special)
     scores = _scores(metadata, len(tokens))
     return Vocabulary(Joined(tokens, ""), bytes(types), scores, special, ends), ids
