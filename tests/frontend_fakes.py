@@ -16,7 +16,7 @@ TEMPLATE = (
 )
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """GPT-2's spelling of the 256 bytes (Radford et al. 2019, encoder.py): printable ones as themselves."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
@@ -24,7 +24,7 @@ def _byte_letters() -> list[str]:
 
 
 def _metadata() -> dict[str, object]:
-    tokens = CONTROL + _byte_letters() + [merge.replace(" ", "") for merge in MERGES]
+    tokens = CONTROL + byte_letters() + [merge.replace(" ", "") for merge in MERGES]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
