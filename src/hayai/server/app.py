@@ -23,7 +23,17 @@ import hayai
 from hayai.config import ServerConfig
 from hayai.errors import RequestError
 from hayai.frontend import EngineError, Frontend
-from hayai.server import anthropic_routes, azure, batches, files, openai_routes, ops, usage
+from hayai.server import (
+    anthropic_routes,
+    azure,
+    batches,
+    files,
+    openai_routes,
+    ops,
+    responses_routes,
+    tokens,
+    usage,
+)
 from hayai.server.access import Access
 from hayai.server.batch_runner import BatchRunner
 from hayai.server.batch_store import BatchStore
@@ -39,6 +49,8 @@ from hayai.server.tracing import open_tracer
 
 SURFACES: tuple[Callable[[ServerContext], list[BaseRoute]], ...] = (
     openai_routes.routes,
+    responses_routes.routes,
+    tokens.routes,
     anthropic_routes.routes,
     azure.routes,
     usage.routes,
@@ -66,6 +78,8 @@ def create_app(frontend: Frontend, config: ServerConfig, access: Access | None =
         context.gate.close()
         await runner.stop()
         frontend.close()
+        for close in context.closers:
+            close()
         context.access.close()
         if tracer is not None:
             tracer.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,8 @@ DEFAULT_NAME = "default"
 
 @dataclass(frozen=True)
 class ServerContext:
-    """Handed to every surface. started: Unix seconds. machine: precision and ISA, as `timings` shows them."""
+    """Handed to every surface. started: Unix seconds. machine: precision and ISA, as `timings` shows
+    them. closers: called when the server stops, by surfaces that hold something open."""
 
     frontend: Frontend
     config: ServerConfig
@@ -31,6 +32,7 @@ class ServerContext:
     fingerprint: str
     token_bytes: TokenBytes
     machine: Mapping[str, Any] = field(default_factory=dict)
+    closers: list[Callable[[], None]] = field(default_factory=list)
 
     def resolve_model(self, name: str | None, principal: Principal, param: str | None = "model") -> str:
         """The real model that `name` stands for; None and 'default' are the one that is served.

@@ -77,6 +77,7 @@ class Generation(Response):
         self._meter = meter
         self._arrived = arrived
         self._started = False
+        self._transport: asyncio.WriteTransport | None = None
         self._direct: DirectStream | None = None
         self._options = job.options
         self._warnings = list(job.warnings)
@@ -95,6 +96,7 @@ class Generation(Response):
             deadline = self._gate.deadline(headers, self._arrived)
             if deadline is not None:
                 self._options = replace(self._options, deadline=deadline)
+            self._transport = (scope.get("extensions") or {}).get(TRANSPORT, {}).get("transport")
             self._direct = self._direct_stream(scope)
             await self._serve(receive, send)
         finally:
@@ -143,8 +145,8 @@ class Generation(Response):
             await asyncio.gather(work, watch, awake, return_exceptions=True)
             self._gate.leave(work, num_choices)
         if gone:
-            if not watch.done() or watch.cancelled():
-                raise ConnectionAbortedError("the client stopped reading")  # which closes the connection
+            if watch.cancelled() and self._transport is not None:
+                self._transport.abort()  # it stopped reading, so it would not read an end either
             return
         if work.cancelled():
             await self._fail(shutting_down(), send)
@@ -169,9 +171,10 @@ class Generation(Response):
 
     def _direct_stream(self, scope: Scope) -> DirectStream | None:
         """The way past the event loop, where the answer is one stream of chunks on a plain connection."""
-        transport = (scope.get("extensions") or {}).get(TRANSPORT, {}).get("transport")
         plain = self._job.stream and self._job.num_choices == 1 and scope.get("http_version") == "1.1"
-        return DirectStream(transport, partial(self._reply.event, 0)) if plain and transport else None
+        if not plain or self._transport is None:
+            return None
+        return DirectStream(self._transport, partial(self._reply.event, 0))
 
     def _leave_direct(self) -> None:
         """Before the loop writes: nothing goes past it any more."""
@@ -235,6 +238,7 @@ class Generation(Response):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
                     self._last_sent, self._sending_since = self._sending_since, 0.0
         finished.sort(key=lambda c: c.index)
+        await reply.keep(finished)
         self._settle("ok")
         await self._ticket.flushed()
         body = event + reply.closing(finished)  # the last event shares its write with the end
@@ -300,6 +304,7 @@ class Generation(Response):
                 self._num_tokens += num_tokens
                 self._meter.tokens(num_tokens)
         self._finished = choices
+        await self._reply.keep(choices)
         self._body = self._reply.whole(choices)
 
     def _head_lines(self, first: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -230,24 +230,26 @@ _OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt", "bos_t
 
 def template_args(body: ChatRequest, context: ServerContext) -> dict[str, Any]:
     """Variables for the chat template: `chat_template_kwargs`, and the effort where the template knows it."""
-    args: dict[str, Any] = {}
-    given = body.chat_template_kwargs
-    if given is not None:
-        if not isinstance(given, dict) or len(given) > MAX_TEMPLATE_ARGS:
-            refuse(
-                "chat_template_kwargs",
-                f"chat_template_kwargs must be an object, up to {MAX_TEMPLATE_ARGS} values: {kind_of(given)}",
-            )
-        for name, value in given.items():
-            path = f"chat_template_kwargs.{name[:100]}"
-            if not name.isidentifier() or name in _OWN_VARIABLES:
-                refuse(path, f"{path}: not a variable that a request may set")
-            if not isinstance(value, bool | int | float | str | None):
-                refuse(path, f"{path} must be a string, a number, true or false: {kind_of(value)}")
-            args[name] = value
+    args = check_template_args(body.chat_template_kwargs)
     if body.reasoning_effort is not None:
         args["reasoning_effort"] = check_effort(body.reasoning_effort, context, "reasoning_effort")
     return args
+
+
+def check_template_args(given: object) -> dict[str, Any]:
+    """`chat_template_kwargs`: a few plain values under names that are not the template's own."""
+    where = "chat_template_kwargs"
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or len(given) > MAX_TEMPLATE_ARGS:
+        refuse(where, f"{where} must be an object of at most {MAX_TEMPLATE_ARGS} values: {kind_of(given)}")
+    for name, value in given.items():
+        path = f"{where}.{name[:100]}"
+        if not name.isidentifier() or name in _OWN_VARIABLES:
+            refuse(path, f"{path}: not a variable that a request may set")
+        if not isinstance(value, bool | int | float | str | None):
+            refuse(path, f"{path} must be a string, a number, true or false: {kind_of(value)}")
+    return dict(given)
 
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")

@@ -18,11 +18,10 @@ from hayai.frontend import TextChunk
 from hayai.frontend_request import ToolCallDelta
 from hayai.server.anthropic_replies import AnthropicReply
 from hayai.server.job import Job
-from hayai.server.reply import Choice, CollectedCall, Reply, ReplyHead, timings, totals
+from hayai.server.reply import LOWEST_LOGPROB, Choice, CollectedCall, Reply, ReplyHead, timings, totals
+from hayai.server.responses_replies import ResponsesReply
 
 DONE = b"data: [DONE]\n\n"
-LOWEST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON lacks; the API's own value."""
 
 
 class ChunkReply(Reply):
@@ -322,5 +321,6 @@ REPLIES: dict[str, type[Reply]] = {
     "chat": ChatReply,
     "completion": CompletionReply,
     "echo": EchoReply,
+    "responses": ResponsesReply,
     "anthropic": AnthropicReply,
 }

@@ -19,6 +19,9 @@ from hayai.server.job import Job
 
 TokenBytes = Callable[[int], bytes]
 
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON lacks; the API's own value."""
+
 
 def token_bytes_of(frontend: Frontend) -> TokenBytes:
     """How log-probabilities name tokens; b"" for one that the vocabulary lacks (a model may have more rows
@@ -126,6 +129,10 @@ class Reply(ABC):
     @abstractmethod
     def event(self, index: int, chunk: TextChunk) -> bytes:
         """The events of one chunk of choice `index`; b"" where it has nothing to show."""
+
+    async def keep(self, choices: Sequence[Choice]) -> None:
+        """Store the answer, in a dialect that does; called once, before `closing` or `whole`."""
+        return
 
     @abstractmethod
     def closing(self, choices: Sequence[Choice]) -> bytes:
