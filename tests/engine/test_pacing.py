@@ -29,7 +29,7 @@ def mixed(rows: int, tokens: int, position: float) -> float:
 def taught(step_ms: float | None = None) -> Pacer:
     pacer = Pacer(step_ms)
     for rows in (1, 2, 8):
-        pacer.observe_decode(rows, 50, 50 * decode(rows))
+        pacer.observe_decode(rows, 50, decode(rows))
     for position in range(0, 2000, 100):
         pacer.observe_prompt(1, 8, position, mixed(1, 8, position))
     return pacer
@@ -82,7 +82,7 @@ def test_a_slower_machine_is_noticed() -> None:
 def test_steps_without_decoding_teach_as_well() -> None:
     pacer = Pacer()
     pacer.observe_prompt(0, 512, 256, mixed(0, 512, 256))
-    pacer.observe_decode(1, 10, 10 * decode(1))
+    pacer.observe_decode(1, 10, decode(1))
     assert 4 <= pacer.prompt_tokens(1, 0) <= 20
 
 

@@ -227,9 +227,12 @@ class Engine:
             sequence.grammar.wait()
         began = perf_counter()
         output = self.runner.step(batch.step)
+        seconds = perf_counter() - began
         books = self._books
-        books.step_seconds += perf_counter() - began
+        books.step_seconds += seconds
         books.num_steps += 1
+        if seconds < batch.fastest:
+            batch.fastest = seconds
         return self._commit(batch, output)
 
     def _commit(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:

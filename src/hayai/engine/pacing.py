@@ -4,10 +4,12 @@ What a step costs is learnt from the steps themselves:
 
     seconds = decode(rows) + prompt_tokens * (c + d * position)
 
-decode(rows): running means of pure decode steps by number of sequences, straight lines in between. c and d:
-a straight line through (mean position, extra seconds per prompt token) of the latest steps with prompts,
-weighted exponentially; d is what attention adds. Measured on the cpu backend the cost is linear in the
-tokens from about three rows on, so a small chunk wastes nothing but the weights read once per step.
+decode(rows): the shortest of the latest pure decode steps by number of sequences, straight lines in between.
+(A step that loses its core to another process takes longer, never less; means on a shared machine were found
+to be several times the usual step.) c and d: a straight line through (mean position, extra seconds per prompt
+token) of the latest steps with prompts, weighted exponentially; d is what attention adds. Measured on the cpu
+backend the cost is linear in the tokens from about three rows on, so a small chunk wastes nothing but the
+weights read once per step.
 
 The budget is the number of prompt tokens for which the predicted step stays within the target. Timing decides
 here what runs together, never what comes out: chunks don't change a bit (the determinism contract).
@@ -28,8 +30,9 @@ TILE_ROWS = 4
 """Rows of a matrix kernel's tile: a step's tokens are rounded down to whole tiles."""
 FORGET = 0.95
 STEADY_FORGET = 0.98
-OUTLIER = 3.0
-"""A step that took this many times what was predicted counts no more than that: the core was taken away."""
+OUTLIER = 1.5
+"""A step that took more than this times what was predicted counts no more than that: the core was taken away.
+If the machine has become slower for good, the estimate follows by a few per cent per step."""
 RIDGE = 64.0**2
 """Positions squared: below this spread of positions the line stays level."""
 
@@ -46,14 +49,10 @@ class Pacer:
     # ------------------------------------------------------------------ measuring
 
     def observe_decode(self, rows: int, steps: int, seconds: float) -> None:
-        """`steps` pure decode steps of `rows` sequences took `seconds` together."""
-        mean = seconds / steps
-        known = self._decode.get(rows)
-        if known is None:
-            self._decode[rows] = mean
-        else:
-            keep = STEADY_FORGET**steps
-            self._decode[rows] = keep * known + (1.0 - keep) * min(mean, OUTLIER * known)
+        """The shortest of `steps` pure decode steps of `rows` sequences took `seconds`."""
+        known = self._decode.get(rows, seconds)
+        keep = STEADY_FORGET**steps
+        self._decode[rows] = keep * known + (1.0 - keep) * min(seconds, OUTLIER * known)
 
     def observe_prompt(self, rows: int, tokens: int, position: float, seconds: float) -> None:
         """A step of `rows` decoding sequences and `tokens` prompt tokens at the mean `position`."""

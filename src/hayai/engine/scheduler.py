@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from math import inf
 
 from hayai.backends.base import BLOCK_SIZE, StepInput
 from hayai.engine.fairness import Queue
@@ -46,14 +47,15 @@ class Batch:
     samplers: the sequences that reach their last token and so get a new one, in batch order. grammars: those
     of them with a mask. decode_only: every sequence runs one token and samples. num_prompt_rows: logit rows
     besides the samplers', for log-probabilities of prompts. step: the arrays for the backend.
-    counted_steps, counted_seconds: up to where this batch is in the engine's books.
+    counted_steps, fastest: up to which step this batch is in the engine's books, and the shortest since, in
+    seconds.
     """
 
     __slots__ = (
-        "counted_seconds",
         "counted_steps",
         "counts",
         "decode_only",
+        "fastest",
         "grammars",
         "num_prompt_rows",
         "samplers",
@@ -70,7 +72,7 @@ class Batch:
         self.num_prompt_rows = 0
         self.step: StepInput | None = None
         self.counted_steps = 0
-        self.counted_seconds = 0.0
+        self.fastest = inf
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Take `count` tokens of a sequence into the step."""

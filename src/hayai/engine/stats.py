@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from hayai.backends.base import BLOCK_SIZE
 from hayai.engine.kv_cache import KvCache
@@ -75,14 +76,14 @@ class Books:
     def turn(self, before: Batch | None, batch: Batch) -> None:
         """Another batch begins."""
         self.settle(before)
-        batch.counted_steps, batch.counted_seconds = self.num_steps, self.step_seconds
+        batch.counted_steps = self.num_steps
 
     def settle(self, batch: Batch | None) -> None:
         """Book the steps that a batch has run since the last time."""
         if batch is None or batch.counted_steps == self.num_steps:
             return
-        runs, seconds = self.num_steps - batch.counted_steps, self.step_seconds - batch.counted_seconds
-        batch.counted_steps, batch.counted_seconds = self.num_steps, self.step_seconds
+        runs, seconds = self.num_steps - batch.counted_steps, batch.fastest
+        batch.counted_steps, batch.fastest = self.num_steps, inf
         size = len(batch.sequences)
         for sequence in batch.sequences:
             sequence.num_steps += runs
