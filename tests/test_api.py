@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +37,8 @@ def real(default_model: Path) -> Iterator[LLM]:
 
 
 def test_the_package_offers_the_api() -> None:
-    assert {"LLM", "SamplingParams", "Completion"} <= set(hayai.__all__)
+    assert {"LLM", "SamplingParams", "Completion", "Tool", "ToolCall"} <= set(hayai.__all__)
+    assert all(hasattr(hayai, name) for name in hayai.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         hayai.nothing  # noqa: B018
 
@@ -84,6 +87,10 @@ def test_seeds(llm: LLM) -> None:
         (lambda llm: llm.generate([256]), ["256", "255"]),
         (lambda llm: llm.stream([5] * 256), ["256"]),
         (lambda llm: llm.chat([{"role": "user", "content": "a"}]), ["vocabulary"]),
+        (lambda llm: llm.generate([5], regex="a", choices=["b"]), ["regex, choices"]),
+        (lambda llm: llm.generate([5], regex="a"), ["vocabulary"]),
+        (lambda llm: llm.chat([], tools=[{"name": "f"}]), ["tools[0]", "'function'"]),
+        (lambda llm: llm.chat([], tools=[hayai.Tool("f")], tool_choice="g"), ["'g'", "f"]),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(llm: LLM, call: object, words: list[str]) -> None:
@@ -150,3 +157,70 @@ def test_the_default_model_chats(real: LLM) -> None:
     chunks = list(real.stream("Once upon a time", temperature=0, max_tokens=6))
     together = real.generate(["Once upon a time", "One two three"], temperature=0, max_tokens=6)
     assert "".join(c.text for c in chunks) == together[0].text
+
+
+@pytest.mark.model
+def test_the_default_model_scores_a_prompt(real: LLM) -> None:
+    prompt = "The capital of France is Paris"
+    done = real.generate(prompt, prompt_logprobs=2, max_tokens=1, temperature=0)
+    scores = done.prompt_logprobs
+    assert scores is not None and len(scores) == done.usage.prompt_tokens and scores[0] is None
+    last = scores[-1]
+    assert last is not None and last.token_id == last.top[0][0] and last.logprob > -1.0
+    assert real.generate(prompt, max_tokens=1).prompt_logprobs is None
+
+
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.model
+def test_the_default_model_keeps_to_a_form(real: LLM) -> None:
+    class City:
+        @staticmethod
+        def model_json_schema() -> dict[str, Any]:
+            return dict(WEATHER["function"]["parameters"])
+
+    done = real.generate("Where is the tower? As JSON: ", json_schema=City, temperature=0, max_tokens=60)
+    assert set(json.loads(done.text)) == {"city"} and done.finish_reason == "stop"
+    ask = [{"role": "user", "content": "Is snow white?"}]
+    assert real.chat(ask, choices=["yes", "no"], temperature=0).text in ("yes", "no")
+    number = "".join(c.text for c in real.stream("A number:", regex="[1-9][0-9]{2}", max_tokens=9, seed=1))
+    assert number.isdecimal() and len(number) == 3
+    listed = real.generate(["a", "b"], grammar='start: "[" /[a-z]+/ "]"', temperature=0, max_tokens=20)
+    assert all(done.text.startswith("[") for done in listed)
+    with pytest.raises(RequestError, match=r"json_schema: .*\"not\""):
+        real.generate("a", json_schema={"not": {}})
+
+
+@pytest.mark.model
+def test_the_default_model_calls_a_tool(real: LLM) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    sampling: dict[str, Any] = {"temperature": 0, "max_tokens": 80}
+    with pytest.warns(UserWarning, match="knows no tools"):
+        done = real.chat(messages, tools=[WEATHER], tool_choice="weather", **sampling)
+    (call,) = done.tool_calls
+    assert done.finish_reason == "tool_calls" and done.text == ""
+    assert call.name == "weather" and set(json.loads(call.arguments)) == {"city"}
+    function = {"name": call.name, "arguments": call.arguments}
+    messages += [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": call.call_id, "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": call.call_id, "content": "sunny, 20 degrees"},
+    ]
+    after = real.chat(messages, **sampling)
+    assert after.text and after.usage.prompt_tokens > 60

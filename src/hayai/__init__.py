@@ -9,15 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hayai.api import LLM, Completion, SamplingParams
+    from hayai.api import LLM, Completion, SamplingParams, Tool, ToolCall
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "SamplingParams", "__version__"]
+_API = ("LLM", "Completion", "SamplingParams", "Tool", "ToolCall")
+__all__ = ["LLM", "Completion", "SamplingParams", "Tool", "ToolCall", "__version__"]
 
 
 def __getattr__(name: str) -> object:
     # Imported on first use: starting the command line must not pay for what it doesn't need.
-    if name in ("LLM", "Completion", "SamplingParams"):
+    if name in _API:
         from hayai import api
 
         return getattr(api, name)
