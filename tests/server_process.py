@@ -37,7 +37,7 @@ def start_server(model: Path, *options: str, backend: str = "reference") -> Serv
     head = ""
     for line in process.stdout:
         head += line
-        found = re.search(r"listening on (http://\S+)", line)
+        found = re.search(r"listening on (https?://\S+)", line)
         if found:
             return ServerProcess(process, found[1], head)
     raise AssertionError(f"the server did not start: {process.communicate()[1]}")

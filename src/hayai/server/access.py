@@ -107,6 +107,11 @@ class Ticket:
                 )
             )
 
+    def __del__(self) -> None:
+        """A ticket that is dropped (a bug between `admit` and the answer) gives its quota back."""
+        if not self._settled:
+            self.settle(0, 0, 0, "error")
+
     async def flushed(self) -> None:
         """Return once the ledger's row is durable; at once where there is no ledger, after FLUSH_SECONDS
         where its database does not answer."""

@@ -82,7 +82,7 @@ class Quotas:
     ) -> None:
         self._clock = clock
         self._wall = wall
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a ticket that is collected may settle inside another call
         self._meters: dict[str, _Meter] = {}
 
     def configure(self, tenants: Mapping[str, Tenant]) -> None:

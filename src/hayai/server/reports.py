@@ -50,8 +50,8 @@ def usage_sums(
     query = _narrow(query, tenant, since, until).group_by(*columns).order_by(*columns)
     with database.reading() as connection:
         rows = connection.execute(query.where(requests.c.status != "open")).mappings()
-        # PostgreSQL sums into its decimal type
-        return [{n: int(v) if n in SUMS else v for n, v in row.items()} for row in rows]
+        # PostgreSQL sums into its decimal type, and SQLAlchemy's names are no plain texts
+        return [{str(n): int(v) if n in SUMS else v for n, v in row.items()} for row in rows]
 
 
 def usage_rows(
