@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from hayai.config import LimitsConfig
 from hayai.engine.request import EngineRequest, Logprob, RequestTiming, SamplingParams, TokenEvent
 from hayai.engine.service import EngineError, EngineService
 from hayai.errors import RequestError
@@ -60,9 +61,13 @@ class Completion:
 
 
 class Frontend:
-    """Serves one loaded model. Thread-safe; close it (or use `with`) to stop the engine and free memory."""
+    """Serves one loaded model. Thread-safe; close it (or use `with`) to stop the engine and free memory.
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    limits: of schemas, regular expressions and grammars.
+    """
+
+    def __init__(self, loaded: LoadedModel, limits: LimitsConfig | None = None) -> None:
+        self._limits = LimitsConfig() if limits is None else limits
         self.loaded = loaded
         self.model_name = loaded.name
         self.tokenizer: Tokenizer | None = loaded.tokenizer
@@ -184,7 +189,7 @@ class Frontend:
         if not options.generate:
             return NO_FORM
         if self._forms is None:
-            self._forms = AnswerForms(self.loaded)
+            self._forms = AnswerForms(self.loaded, self._limits)
         return self._forms.form(prompt, ids, options, warnings)
 
     def _assembler(

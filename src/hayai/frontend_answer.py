@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hayai.config import LimitsConfig
 from hayai.engine.request import Logprob, SamplingParams, TokenEvent
 from hayai.errors import RequestError
 from hayai.frontend_prompt import Prompt
@@ -18,6 +19,7 @@ from hayai.frontend_request import Constraint, RequestOptions, Tool, ToolCallDel
 from hayai.frontend_text import TextAssembler, TextChunk
 from hayai.load import LoadedModel
 from hayai.text.grammar import (
+    LIMITS,
     Grammar,
     GrammarCompiler,
     GrammarMask,
@@ -45,12 +47,12 @@ from hayai.text.tool_prompt import mistral_id
 TAIL_TOKENS = 16
 """Of a prompt, in which to look for a tag at its end."""
 
-_GRAMMARS: Mapping[str, Callable[[Any, str], Grammar]] = {
-    "json": lambda _, param: json_grammar(param),
+_GRAMMARS: Mapping[str, Callable[[Any, str, LimitsConfig], Grammar]] = {
+    "json": lambda _, param, limits: json_grammar(param),
     "json_schema": schema_grammar,
     "regex": regex_grammar,
-    "grammar": lark_grammar,
-    "choice": choice_grammar,
+    "grammar": lambda value, param, limits: lark_grammar(value, param),
+    "choice": lambda value, param, limits: choice_grammar(value, param),
 }
 
 
@@ -70,7 +72,8 @@ NO_FORM = AnswerForm()
 class AnswerForms:
     """Makes the forms of one model's answers. Safe to use from several threads."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, limits: LimitsConfig = LIMITS) -> None:
+        self._limits = limits
         self._tokenizer = loaded.tokenizer
         source = "" if loaded.chat_template is None else loaded.chat_template.source
         self._format = HERMES if not source else format_of(source)
@@ -80,7 +83,7 @@ class AnswerForms:
         self._compiler = (
             None
             if loaded.tokenizer is None
-            else GrammarCompiler(loaded.tokenizer, engine.vocab_size, engine.end_ids)
+            else GrammarCompiler(loaded.tokenizer, engine.vocab_size, engine.end_ids, limits.max_grammar_cost)
         )
 
     def form(
@@ -126,7 +129,7 @@ class AnswerForms:
     def _grammar(
         self, options: RequestOptions, thinking: tuple[str, str, bool] | None, warnings: list[str] | None
     ) -> Grammar:
-        body = None if options.constraint is None else constraint_grammar(options.constraint)
+        body = None if options.constraint is None else constraint_grammar(options.constraint, self._limits)
         tools = options.active_tools
         if not tools:
             assert body is not None
@@ -191,7 +194,7 @@ class AnswerForms:
         reason = unenforced(self._format, spec)
         if reason is None:
             try:
-                check_schema(spec.schema, param)
+                check_schema(spec.schema, param, self._limits)
                 self._compile(Grammar(f"start: {json_rule(spec.schema)}", param))
                 return spec
             except RequestError as error:
@@ -283,9 +286,10 @@ def mistral_call_id() -> str:
     return mistral_id(os.urandom(12).hex())
 
 
-def constraint_grammar(constraint: Constraint) -> Grammar:
+def constraint_grammar(constraint: Constraint, limits: LimitsConfig = LIMITS) -> Grammar:
     """The grammar of a constraint. RequestError with the field's name."""
-    return _GRAMMARS[constraint.kind](constraint.value, constraint.param or _PARAMS[constraint.kind])
+    param = constraint.param or _PARAMS[constraint.kind]
+    return _GRAMMARS[constraint.kind](constraint.value, param, limits)
 
 
 _PARAMS: Mapping[str, str] = {

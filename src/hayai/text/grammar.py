@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from hayai.config import LimitsConfig
 from hayai.errors import RequestError
 from hayai.text.tokenizer import Tokenizer
 
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from numpy.typing import NDArray
 
-MAX_SCHEMA_BYTES = 128 << 10
-MAX_DEPTH = 64  # of nested objects in a schema
-MAX_REGEX_CHARS = 8 << 10
+LIMITS = LimitsConfig()
 MAX_LARK_CHARS = 64 << 10
 MAX_CHOICES = 1024
 MAX_CHOICE_CHARS = 64 << 10  # of all choices together
@@ -75,46 +74,47 @@ def json_grammar(param: str) -> Grammar:
     return Grammar("start: " + json_rule({"type": "object"}), param)
 
 
-def schema_grammar(schema: object, param: str) -> Grammar:
+def schema_grammar(schema: object, param: str, limits: LimitsConfig = LIMITS) -> Grammar:
     """JSON that a schema allows. RequestError: no schema, or one beyond the limits."""
-    return Grammar("start: " + json_rule(check_schema(schema, param)), param)
+    return Grammar("start: " + json_rule(check_schema(schema, param, limits)), param)
 
 
-def check_schema(schema: object, param: str) -> Mapping[str, Any] | Literal[True]:
+def check_schema(
+    schema: object, param: str, limits: LimitsConfig = LIMITS
+) -> Mapping[str, Any] | Literal[True]:
     """The schema; RequestError unless it is an object or true, within the limits of size and depth."""
     if schema is not True and not isinstance(schema, Mapping):
         found = "false, which allows nothing" if schema is False else type(schema).__name__
         raise _refused(f"a JSON schema is an object; found {found}", param)
-    _check_depth(schema, param)
+    _check_depth(schema, param, limits.max_schema_depth)
     try:
         size = len(json.dumps(schema))
     except (TypeError, ValueError) as error:
         raise _refused(f"the JSON schema is not JSON: {error}", param) from error
-    if size > MAX_SCHEMA_BYTES:
-        raise _refused(f"the JSON schema has {size} bytes; at most {MAX_SCHEMA_BYTES}", param)
+    if size > limits.max_schema_bytes:
+        raise _refused(f"the JSON schema has {size} bytes; at most {limits.max_schema_bytes}", param)
     return schema
 
 
-def _check_depth(value: object, param: str, depth: int = 0) -> None:
-    if depth > MAX_DEPTH:
-        raise _refused(f"the JSON schema is nested deeper than {MAX_DEPTH} levels", param)
+def _check_depth(value: object, param: str, most: int, depth: int = 0) -> None:
+    if depth > most:
+        raise _refused(f"the JSON schema is nested deeper than {most} levels", param)
     if isinstance(value, Mapping):
         for item in value.values():
-            _check_depth(item, param, depth + 1)
+            _check_depth(item, param, most, depth + 1)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _check_depth(item, param, depth + 1)
+            _check_depth(item, param, most, depth + 1)
 
 
-def regex_grammar(pattern: object, param: str) -> Grammar:
+def regex_grammar(pattern: object, param: str, limits: LimitsConfig = LIMITS) -> Grammar:
     """Text that a regular expression matches from its first to its last character (syntax of Rust's regex,
     without look-around; \\d is 0 to 9)."""
     if not isinstance(pattern, str) or not pattern:
         raise _refused("a regular expression is a string that is not empty", param)
-    if len(pattern) > MAX_REGEX_CHARS:
-        raise _refused(
-            f"the regular expression has {len(pattern)} characters; at most {MAX_REGEX_CHARS}", param
-        )
+    size = len(pattern.encode("utf-8", "replace"))
+    if size > limits.max_regex_bytes:
+        raise _refused(f"the regular expression has {size} bytes; at most {limits.max_regex_bytes}", param)
     # Imported where it is needed: 25 to 40 ms that a run without a grammar should not pay.
     from llguidance import regex_to_lark
 
@@ -196,10 +196,17 @@ class GrammarCompiler:
     """Compiles grammars for one vocabulary and keeps the last ones. Safe to use from several threads.
 
     vocab_size: rows of the model's output head, which may be more than there are tokens. end_ids: tokens that
-    may follow a complete answer.
+    may follow a complete answer. cost: the fuel for compiling one grammar, at some 50,000 a millisecond.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        end_ids: Iterable[int],
+        cost: int = LIMITS.max_grammar_cost,
+    ) -> None:
+        self._cost = cost
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_ids = sorted(end_ids)
@@ -230,7 +237,9 @@ class GrammarCompiler:
     def _compile(self, source: str, param: str) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits  # as above
 
-        limits = LLParserLimits(verbose_errors=False, max_items_in_row=MAX_ITEMS_IN_ROW)
+        limits = LLParserLimits(
+            verbose_errors=False, max_items_in_row=MAX_ITEMS_IN_ROW, initial_lexer_fuel=self._cost
+        )
         matcher = LLMatcher(self._tokens(param), source, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # some costs show in the first mask only
