@@ -79,6 +79,14 @@ class LoadSession:
             self.notes.append(text)
             self.say(text)
 
+    def kv_token_bytes(self) -> float:
+        """Bytes that one token's keys and values take in our cache."""
+        facts = self.frontend.loaded.describe()
+        size, tokens = facts.get("kv_mib_when_full"), facts.get("kv_tokens")
+        if isinstance(size, (int, float)) and isinstance(tokens, int) and tokens:
+            return size * 2**20 / tokens
+        return 0.0
+
     # ------------------------------------------------------------ requests
 
     def prompt(self, tokens: int) -> Prompt:
@@ -201,7 +209,7 @@ class LoadSession:
 
         probe: a short load, which chooses among the variants of a peer.
         """
-        found = [our_side(self.options, self.path, self.logs, room)]
+        found = [our_side(self.options, self.path, self.logs, room, self.kv_token_bytes())]
         try:
             for file in self.peers.wanted_files() if peers else ():
                 try:

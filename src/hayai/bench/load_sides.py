@@ -74,18 +74,22 @@ class LoadOptions:
     text_prompts: bool = False
     serve_options: tuple[str, ...] = ()
     budget: float = 300.0
-    length_factor: float = 16.0
+    length_factor: float = 32.0
     quick: bool = False
 
 
 @dataclass(frozen=True)
 class Room:
     """What a case needs of a server: tokens per sequence, sequences at a time, the kind of load (see
-    load_peers.toml)."""
+    load_peers.toml). Every side gets a KV cache of `kv_tokens` where the kind is "cached"."""
 
     context: int
     sequences: int
     kind: str
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.context * self.sequences
 
 
 class LoadSide(Protocol):
@@ -135,8 +139,9 @@ class Remote:
         """Not ours to end."""
 
 
-def our_side(options: LoadOptions, path: Path, logs: Path, room: Room) -> LoadSide:
-    """`hayai serve` with room for a case, or the server that was given by URL."""
+def our_side(options: LoadOptions, path: Path, logs: Path, room: Room, kv_token_bytes: float) -> LoadSide:
+    """`hayai serve` with room for a case, or the server that was given by URL. kv_token_bytes: of one token's
+    keys and values in our cache."""
     if options.url:
         address = Address.of(options.url.rstrip("/").removesuffix("/v1"), options.headers)
         dialect = DIALECTS[options.dialect](options.model_name)
@@ -144,6 +149,8 @@ def our_side(options: LoadOptions, path: Path, logs: Path, room: Room) -> LoadSi
     more = list(options.serve_options)
     if "--max-sequences" not in more and room.sequences > OUR_SEQUENCES:
         more += ["--max-sequences", str(room.sequences)]
+    if "--kv-bytes" not in more and room.kind == "cached" and kv_token_bytes > 0:
+        more += ["--kv-bytes", str(int(room.kv_tokens * kv_token_bytes))]
     server = start_hayai(str(path), options.threads, room.context, logs / "hayai-serve.log", more)
     server.facts = " ".join(more)
     return server
@@ -220,7 +227,7 @@ class Peers:
         places = {
             "model": str(self.files[file]),
             "threads": str(self._options.threads),
-            "context": str(room.context * room.sequences),
+            "context": str(room.kv_tokens),
             "parallel": str(room.sequences),
         }
         arguments = [*self.spec.arguments, *variant.arguments]

@@ -184,7 +184,8 @@ class Server(Pausable):
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("ab")
         self.log_path = log
-        super().__init__(subprocess.Popen(command, stdout=self._log, stderr=self._log))
+        environment = {k: v for k, v in os.environ.items() if k != "HAYAI_DATABASE"}
+        super().__init__(subprocess.Popen(command, stdout=self._log, stderr=self._log, env=environment))
         try:
             self._wait_ready()
         except PeerFailure:
@@ -263,11 +264,11 @@ def hayai_command() -> list[str]:
 def start_hayai(
     model: str, threads: int, context: int, log: Path, more: Sequence[str] = ()
 ) -> Server:  # fmt: skip
-    """`hayai serve` on a free port. more: further options of it."""
+    """`hayai serve` on a free port, without the user's own keys and ledger. more: further options."""
     port = free_port()
     command = [
         *hayai_command(), "serve", "--model", model, "--host", HOST, "--port", str(port),
-        "--threads", str(threads), "--context", str(context), *more,
+        "--threads", str(threads), "--context", str(context), "--state-dir", str(log.parent / "state"), *more,
     ]  # fmt: skip
     return Server("hayai serve", "hayai", "same", command, port, OPENAI, log)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from hayai.backends.cores import find_cores
 from hayai.cli.console import note
 from hayai.config import read_environment
 
@@ -89,7 +89,6 @@ def speed(
     and the CPU time of other processes. The table goes to stdout, progress to stderr.
     """
     from hayai.bench.cases import Sizes  # the bench imports the engine: slow, and other verbs don't need it
-    from hayai.bench.machine import usable_cores
     from hayai.bench.report import text_report, write_json
     from hayai.bench.session import SpeedOptions
     from hayai.bench.speed import run
@@ -99,7 +98,7 @@ def speed(
     options = SpeedOptions(
         model=model,
         home=environment.home,
-        threads=threads or environment.threads or min(2, len(usable_cores())),
+        threads=threads or environment.threads or min(2, find_cores().usable),
         pairs=min(pairs, 2) if quick else pairs,
         cases=_names(CASE_NAMES, cases, "--cases"),
         peers=_names(PEER_NAMES, peers, "--peers"),
@@ -150,7 +149,7 @@ LOAD_PEERS = ("llama-server",)
               help="Prompt tokens.")  # fmt: skip
 @click.option("--output", "output_tokens", type=click.IntRange(1), default=128, show_default=True,
               help="Answer tokens.")  # fmt: skip
-@click.option("--scale", type=click.FloatRange(min=1), default=16.0, show_default=True,
+@click.option("--scale", type=click.FloatRange(min=1), default=32.0, show_default=True,
               help="What the lengths of a trace are divided by.")  # fmt: skip
 @click.option("--ttft-ms", type=click.FloatRange(min=0), default=2000.0, show_default=True,
               help="Service level of goodput and sweeps.")  # fmt: skip
@@ -184,7 +183,6 @@ def load(
     from hayai.bench.load_metrics import Slo
     from hayai.bench.load_report import text_report, write_json
     from hayai.bench.load_sides import LoadOptions
-    from hayai.bench.machine import usable_cores
 
     environment = read_environment()
     if concurrency is not None and (rate is not None or trace is not None):
@@ -201,7 +199,7 @@ def load(
         custom = Custom(concurrency, rate, trace, requests, prompt_tokens, output_tokens, slo)
     options = LoadOptions(
         model=model, home=environment.home,
-        threads=threads or environment.threads or min(2, len(usable_cores())),
+        threads=threads or environment.threads or min(2, find_cores().usable),
         pairs=min(pairs, 2) if quick else pairs,
         cases=_names(LOAD_CASES, cases, "--cases"), peers=_names(LOAD_PEERS, peers, "--peers"),
         pythons=pythons, data=data or environment.data, seed=seed, url=url, server_pid=server_pid,
@@ -257,7 +255,7 @@ def accuracy(
     text, source = read_text(data, 8 * tokens)
     # No word is shorter than a token; eight characters a token are plenty, and the rest is not tokenised.
     result = measure(
-        model, threads or environment.threads or len(os.sched_getaffinity(0)), text[: 8 * tokens], tokens,
+        model, threads or environment.threads or find_cores().usable, text[: 8 * tokens], tokens,
         pythons, environment.home / "bench" / "logs", note, source=source, isa=isa,
     )  # fmt: skip
     for line in accuracy_lines(result):
