@@ -14,7 +14,7 @@ from time import monotonic, perf_counter
 from hayai.backends.base import Limits, Runner, StepOutput
 from hayai.engine.kv_cache import KvCache
 from hayai.engine.mask_worker import START, Grammar, MaskWorker
-from hayai.engine.pacing import Pacer
+from hayai.engine.pacing import FASTER, SLOWER, Pacer
 from hayai.engine.request import MAX_LOGPROBS, EngineRequest, Logprob, RequestTiming, TokenEvent
 from hayai.engine.scheduler import Batch, Scheduler
 from hayai.engine.sequence import Sequence
@@ -149,6 +149,7 @@ class Engine:
             self._next_number,
         )
         self._next_number += 1
+        self._books.settle(self._batch)  # what its steps took decides how much of the new prompt goes beside
         sequence.chain = self.cache.chain(sequence.tokens, request.cache_salt)
         if request.mask is not None:
             sequence.grammar = Grammar(request.mask, self.vocab_size)
@@ -231,8 +232,10 @@ class Engine:
         books = self._books
         books.step_seconds += seconds
         books.num_steps += 1
-        if seconds < batch.fastest:
-            batch.fastest = seconds
+        if batch.typical:
+            batch.typical *= SLOWER if seconds > batch.typical else FASTER
+        else:
+            batch.typical = seconds
         return self._commit(batch, output)
 
     def _commit(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:

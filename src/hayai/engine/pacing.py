@@ -4,12 +4,13 @@ What a step costs is learnt from the steps themselves:
 
     seconds = decode(rows) + prompt_tokens * (c + d * position)
 
-decode(rows): the shortest of the latest pure decode steps by number of sequences, straight lines in between.
-(A step that loses its core to another process takes longer, never less; means on a shared machine were found
-to be several times the usual step.) c and d: a straight line through (mean position, extra seconds per prompt
-token) of the latest steps with prompts, weighted exponentially; d is what attention adds. Measured on the cpu
-backend the cost is linear in the tokens from about three rows on, so a small chunk wastes nothing but the
-weights read once per step.
+decode(rows): the typical pure decode step by number of sequences, straight lines in between. It follows the
+median, by FASTER or SLOWER with every step. (Both were tried: a few steps that lost their core to another
+process move a mean to several times the usual step, and the shortest step ignores a machine that is busy all
+the time.) c and d: a straight line through (mean position, extra seconds per prompt token) of the latest
+steps with prompts, weighted exponentially; d is what attention adds. Measured on the cpu backend the cost is
+linear in the tokens from about three rows on, so a small chunk wastes nothing but the weights read once per
+step.
 
 The budget is the number of prompt tokens for which the predicted step stays within the target. Timing decides
 here what runs together, never what comes out: chunks don't change a bit (the determinism contract).
@@ -29,7 +30,7 @@ FIRST_CHUNK = 16
 TILE_ROWS = 4
 """Rows of a matrix kernel's tile: a step's tokens are rounded down to whole tiles."""
 FORGET = 0.95
-STEADY_FORGET = 0.98
+SLOWER, FASTER = 1.02, 1.0 / 1.02
 OUTLIER = 1.5
 """A step that took more than this times what was predicted counts no more than that: the core was taken away.
 If the machine has become slower for good, the estimate follows by a few per cent per step."""
@@ -48,11 +49,13 @@ class Pacer:
 
     # ------------------------------------------------------------------ measuring
 
-    def observe_decode(self, rows: int, steps: int, seconds: float) -> None:
-        """The shortest of `steps` pure decode steps of `rows` sequences took `seconds`."""
-        known = self._decode.get(rows, seconds)
-        keep = STEADY_FORGET**steps
-        self._decode[rows] = keep * known + (1.0 - keep) * min(seconds, OUTLIER * known)
+    def known(self, rows: int) -> float:
+        """The typical decode step of `rows` sequences so far; 0 when there was none."""
+        return self._decode.get(rows, 0.0)
+
+    def observe_decode(self, rows: int, typical: float) -> None:
+        """What `known` has become after some more steps."""
+        self._decode[rows] = typical
 
     def observe_prompt(self, rows: int, tokens: int, position: float, seconds: float) -> None:
         """A step of `rows` decoding sequences and `tokens` prompt tokens at the mean `position`."""

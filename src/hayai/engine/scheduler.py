@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from math import inf
 
 from hayai.backends.base import BLOCK_SIZE, StepInput
 from hayai.engine.fairness import Queue
@@ -47,20 +46,20 @@ class Batch:
     samplers: the sequences that reach their last token and so get a new one, in batch order. grammars: those
     of them with a mask. decode_only: every sequence runs one token and samples. num_prompt_rows: logit rows
     besides the samplers', for log-probabilities of prompts. step: the arrays for the backend.
-    counted_steps, fastest: up to which step this batch is in the engine's books, and the shortest since, in
-    seconds.
+    counted_steps: up to which step this batch is in the engine's books. typical: seconds of its steps, see
+    pacing.py.
     """
 
     __slots__ = (
         "counted_steps",
         "counts",
         "decode_only",
-        "fastest",
         "grammars",
         "num_prompt_rows",
         "samplers",
         "sequences",
         "step",
+        "typical",
     )
 
     def __init__(self) -> None:
@@ -72,7 +71,7 @@ class Batch:
         self.num_prompt_rows = 0
         self.step: StepInput | None = None
         self.counted_steps = 0
-        self.fastest = inf
+        self.typical = 0.0
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Take `count` tokens of a sequence into the step."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
 
 from hayai.backends.base import BLOCK_SIZE
 from hayai.engine.kv_cache import KvCache
@@ -77,13 +76,15 @@ class Books:
         """Another batch begins."""
         self.settle(before)
         batch.counted_steps = self.num_steps
+        if self._pacer is not None and batch.decode_only:
+            batch.typical = self._pacer.known(len(batch.sequences))
 
     def settle(self, batch: Batch | None) -> None:
         """Book the steps that a batch has run since the last time."""
         if batch is None or batch.counted_steps == self.num_steps:
             return
-        runs, seconds = self.num_steps - batch.counted_steps, batch.fastest
-        batch.counted_steps, batch.fastest = self.num_steps, inf
+        runs = self.num_steps - batch.counted_steps
+        batch.counted_steps = self.num_steps
         size = len(batch.sequences)
         for sequence in batch.sequences:
             sequence.num_steps += runs
@@ -93,7 +94,7 @@ class Books:
         self._bytes_read += self._estimate(batch, runs)
         if batch.decode_only:
             if self._pacer is not None:
-                self._pacer.observe_decode(size, runs, seconds)
+                self._pacer.observe_decode(size, batch.typical)
             return
         # With prompts a batch runs once, and is booked before its sequences move on.
         prompts = [(s.num_computed, n) for s, n in zip(batch.sequences, batch.counts, strict=True) if n > 1]
@@ -101,7 +102,7 @@ class Books:
         self._prompt_tokens += tokens
         if self._pacer is not None and tokens:
             position = sum(n * (at + n / 2) for at, n in prompts) / tokens
-            self._pacer.observe_prompt(size - len(prompts), tokens, position, seconds)
+            self._pacer.observe_prompt(size - len(prompts), tokens, position, batch.typical)
 
     def _estimate(self, batch: Batch, runs: int) -> int:
         """Bytes that `runs` steps of a batch, which end now, have read."""
