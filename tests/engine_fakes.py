@@ -24,6 +24,8 @@ from hayai.plan.plan import CacheGroup
 VOCAB = 500
 FULL = CacheGroup("kv", "full", 2, 1, 8, 8)
 WINDOW = CacheGroup("local", "window", 2, 1, 8, 8, window=20)
+LATENT = CacheGroup("latent", "mla", 2, 1, 8, 4)
+INDEX = CacheGroup("index", "index", 1, 1, 8, 0)
 STATE = CacheGroup("state", "state", 1, 1, 8, 8, can_rollback=False)
 
 Reply = Callable[[list[int]], int]
@@ -99,7 +101,7 @@ class FakeRunner:
     def _write_and_read(
         self, step: StepInput, s: int, tokens: NDArray[np.int32], positions: NDArray[np.int32]
     ) -> list[int]:
-        """Store the tokens in every cache; the past as the full cache has it, and the others agree."""
+        """Store the tokens in every cache; the past as the first cache has it, and the others agree."""
         end = int(positions[-1]) + 1
         found: list[int] = []
         for name, group in self.groups.items():
@@ -110,12 +112,11 @@ class FakeRunner:
                 self.states[int(table[0])] = state + tokens.tolist()
                 continue
             self.caches[name][table[positions // BLOCK_SIZE], positions % BLOCK_SIZE] = tokens
-            wanted = np.arange(0 if group.kind == "full" else max(0, positions[0] - group.window + 1), end)
+            wanted = np.arange(max(0, positions[0] - group.window + 1) if group.kind == "window" else 0, end)
             past = self.caches[name][table[wanted // BLOCK_SIZE], wanted % BLOCK_SIZE].tolist()
-            if group.kind == "full":
+            if not found:  # the first group is one that keeps everything
                 found = past
-            else:
-                assert past == found[-len(past) :], "the window's cache has other tokens"
+            assert past == found[-len(past) :], f"the cache of {name} has other tokens"
         for name, group in self.groups.items():
             if group.kind == "state":
                 assert self.states[int(step.block_tables[name][s][0])] == found

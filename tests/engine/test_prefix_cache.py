@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from engine_fakes import FULL, STATE, WINDOW, alone, drain, make_engine, request, tokens_of
+from engine_fakes import FULL, INDEX, LATENT, STATE, WINDOW, alone, drain, make_engine, request, tokens_of
 from hayai.backends.base import BLOCK_SIZE
 from hayai.engine.engine import Engine
 from hayai.engine.kv_cache import KvCache
 from hayai.engine.prefix_cache import BlockNames, BlockPool
-from hayai.plan.plan import CacheGroup
 
 PAGES = [10 + i * 7 % 300 for i in range(100)]
-SECOND = CacheGroup("second", "full", 1, 1, 8, 0)
 
 
 def run(engine: Engine, name: str, prompt: list[int], max_tokens: int = 5, **options: object) -> int:
@@ -172,7 +170,7 @@ def test_a_suffix_is_evicted_before_its_prefix() -> None:
 
 
 def test_several_full_groups_share_together() -> None:
-    engine, _ = make_engine(FULL, SECOND, max_tokens=128)
+    engine, _ = make_engine(LATENT, INDEX, max_tokens=128)
     assert run(engine, "a", PAGES) == 0 and run(engine, "b", PAGES) == 96
 
 

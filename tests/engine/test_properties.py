@@ -11,13 +11,25 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine_fakes import FULL, STATE, WINDOW, alone, first_allowed, hashed, logprob_of, make_engine, request
+from engine_fakes import (
+    FULL,
+    INDEX,
+    LATENT,
+    STATE,
+    WINDOW,
+    alone,
+    first_allowed,
+    hashed,
+    logprob_of,
+    make_engine,
+    request,
+)
 from hayai.engine.pacing import Pacer
 from hayai.engine.request import TokenEvent
 from hayai.plan.plan import CacheGroup
 
 GROUPS = st.sampled_from(
-    [(FULL,), (FULL, WINDOW), (FULL,), (FULL, WINDOW), (FULL, STATE), (FULL, WINDOW, STATE)]
+    [(FULL,), (FULL, WINDOW), (LATENT, INDEX), (LATENT, INDEX, WINDOW), (FULL, STATE), (FULL, WINDOW, STATE)]
 )
 COMMON = [3 + i * 11 % 390 for i in range(80)]
 """What prompts begin with, so that they meet in the prefix cache."""

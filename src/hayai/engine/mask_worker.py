@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from hayai.engine.mask import MaskSource
 
+CLOSE_SECONDS = 5.0
+
 START = -1
 """Instead of a token: fill the first mask."""
 
@@ -76,10 +78,10 @@ class MaskWorker:
         self._jobs.put((grammar, token))
 
     def close(self) -> None:
-        """End the thread once it has done what is queued."""
+        """End the thread once it has done what is queued; one that hangs in a grammar is left behind."""
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join()
+            self._thread.join(CLOSE_SECONDS)
             self._thread = None
 
     def _run(self) -> None:
