@@ -73,7 +73,7 @@ def test_describe_says_what_was_resolved(tiny: Path) -> None:
     assert (said["kv_tokens"], said["max_sequences"], said["vocab_size"]) == (1600, 16, 64)
     # 1 layer, 1 head, keys and values of 16 float16
     assert said["kv_mib_when_full"] == round(1600 * 2 * 16 * 2 / 2**20, 1)
-    assert (said["kv_format"], said["prefix_cache"], said["mixed_step"]) == ("f16", "on", "3 decode steps")
+    assert (said["kv_format"], said["prefix_cache"], said["mixed_step"]) == ("f16", "on", "2.5 decode steps")
     assert said["tokenizer"] == said["chat_template"] == "none"
     assert said["backend.backend"] == "reference" and str(said["weights"]).startswith("f32")
 

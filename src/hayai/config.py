@@ -130,7 +130,7 @@ class EngineConfig:
     kv_tokens or kv_bytes: size of the KV cache, by positions or by memory (not both). kv_format: 'f16' or
     'q8'. prefix_cache: keep finished sequences' KV for prompts that begin alike. step_ms: how long a step may
     take while somebody waits for the tokens of a running sequence, so how much of a prompt it takes in
-    beside; None: three times a decode step as measured.
+    beside; None: 2.5 times a decode step as measured.
     """
 
     model: str = "default"

@@ -11,7 +11,7 @@ import pytest
 from engine_fakes import FakeRunner, alone, drain, make_engine, request, tokens_of
 from hayai.backends.base import StepInput, StepOutput
 from hayai.engine.engine import Engine
-from hayai.engine.pacing import DECODE_STEPS, FIRST_CHUNK, MIN_CHUNK, TILE_ROWS, Pacer
+from hayai.engine.pacing import DECODE_STEPS, FIRST_CHUNK, MIN_CHUNK, READABLE_SECONDS, TILE_ROWS, Pacer
 from hayai.engine.request import BATCH
 
 BASE, ROW, TOKEN, POSITION = 1.2e-3, 0.4e-3, 0.25e-3, 2.5e-7
@@ -61,6 +61,17 @@ def test_an_operator_sets_the_target() -> None:
     assert taught(0.1).prompt_tokens(1, 0) == MIN_CHUNK, "less than a decode step: prompts still end"
 
 
+def test_a_backlog_makes_steps_longer_but_not_unreadable() -> None:
+    pacer = taught()
+    usual = pacer.prompt_tokens(2, 0, 4000)
+    assert usual == pacer.prompt_tokens(2, 0)
+    assert usual < pacer.prompt_tokens(2, 0, 8192) < pacer.prompt_tokens(2, 0, 16_384)
+    assert mixed(2, pacer.prompt_tokens(2, 0, 1_000_000), 60) <= READABLE_SECONDS * 1.1
+    assert taught(6.0).prompt_tokens(2, 0, 1_000_000) == taught(6.0).prompt_tokens(2, 0), (
+        "an operator has said"
+    )
+
+
 def test_a_few_slow_steps_do_not_stall_prompts() -> None:
     """A step that lost its core for a while says little about the next one."""
     pacer = taught()
@@ -72,10 +83,10 @@ def test_a_few_slow_steps_do_not_stall_prompts() -> None:
 
 def test_a_slower_machine_is_noticed() -> None:
     pacer = taught()
-    before = pacer.prompt_tokens(1, 100)
+    before = pacer.prompt_tokens(8, 100)
     for _ in range(100):
-        pacer.observe_prompt(1, 8, 100, decode(1) + 4 * 8 * TOKEN)
-    assert pacer.prompt_tokens(1, 100) <= before / 2
+        pacer.observe_prompt(8, 8, 100, decode(8) + 4 * 8 * TOKEN)
+    assert pacer.prompt_tokens(8, 100) <= before / 2
 
 
 def test_steps_without_decoding_teach_as_well() -> None:

@@ -348,6 +348,7 @@ class Engine:
         self.cache.check_integrity(s.blocks for s in running if s.blocks is not None)
         assert all(s.blocks is not None for s in running), "a running sequence without blocks"
         assert all(s.blocks is None for s in waiting), "a waiting sequence holds blocks"
+        assert self.scheduler.queue.num_tokens == sum(len(s.tokens) for s in waiting), "waiting tokens"
         assert sorted(self._sequences) == sorted(s.request_id for s in [*running, *waiting]), "sequences lost"
         assert all(0 <= s.num_computed < len(s.tokens) for s in [*running, *waiting]), "computed past the end"
 

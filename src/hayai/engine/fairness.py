@@ -39,12 +39,16 @@ class Share:
 
 
 class Queue:
-    """The waiting sequences of all tenants, and what each tenant has been served."""
+    """The waiting sequences of all tenants, and what each tenant has been served.
+
+    num_tokens: known tokens of all waiting sequences together.
+    """
 
     def __init__(self) -> None:
         self._shares: dict[int, dict[str, Share]] = {}
         self._last: dict[int, int] = {}  # by priority: the counter of the last tenant that was busy
         self._size = 0
+        self.num_tokens = 0
 
     def __len__(self) -> int:
         return self._size
@@ -67,18 +71,21 @@ class Queue:
             share.served = max(share.served, floor)
         share.waiting.append(sequence)
         self._size += 1
+        self.num_tokens += len(sequence.tokens)
 
     def put_back(self, sequence: Sequence) -> None:
         """Queue a preempted sequence before the others of its tenant."""
         self.left(sequence)
         self.share(sequence).waiting.appendleft(sequence)
         self._size += 1
+        self.num_tokens += len(sequence.tokens)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a waiting sequence out."""
         share = self.share(sequence)
         share.waiting.remove(sequence)
         self._size -= 1
+        self.num_tokens -= len(sequence.tokens)
         self._last[share.priority] = share.served
 
     def start(self, sequence: Sequence) -> None:

@@ -21,8 +21,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from math import sqrt
 
-DECODE_STEPS = 3.0
+DECODE_STEPS = 2.5
 """Default target of a mixed step, in decode steps of the same sequences."""
+BACKLOG = 4096
+"""Prompt tokens. When more are waiting, the default target grows in proportion: small chunks read the weights
+for few tokens each, and under such a load everybody is served sooner by fewer, longer steps ..."""
+READABLE_SECONDS = 0.04
+"""... as long as a stream is still faster than anybody reads."""
 MIN_CHUNK = 4
 """Prompt tokens that a step takes in at least: a prompt has to end."""
 FIRST_CHUNK = 16
@@ -101,15 +106,18 @@ class Pacer:
         part = (rows - below) / (above - below)
         return (1.0 - part) * self._decode[below] + part * self._decode[above]
 
-    def target_seconds(self, rows: int) -> float:
-        """How long a step with `rows` decoding sequences may take."""
-        return DECODE_STEPS * self.decode_seconds(rows) if self.step_ms is None else self.step_ms / 1e3
+    def target_seconds(self, rows: int, backlog: int = 0) -> float:
+        """How long a step with `rows` decoding sequences may take, while `backlog` prompt tokens wait."""
+        if self.step_ms is not None:
+            return self.step_ms / 1e3
+        usual = DECODE_STEPS * self.decode_seconds(rows)
+        return usual if backlog <= BACKLOG else max(usual, min(usual * backlog / BACKLOG, READABLE_SECONDS))
 
-    def prompt_tokens(self, rows: int, position: int) -> int:
+    def prompt_tokens(self, rows: int, position: int, backlog: int = 0) -> int:
         """Prompt tokens, from `position` on, for a step in which `rows` sequences decode."""
         if self._weight == 0.0 or not self._decode:
             return FIRST_CHUNK
-        allowed = self.target_seconds(rows) - self.decode_seconds(rows)
+        allowed = self.target_seconds(rows, backlog) - self.decode_seconds(rows)
         c, d = self._line()
         slope = c + d * position
         if allowed <= 0.0 or slope <= 0.0:

@@ -302,7 +302,9 @@ class Scheduler:
         num_decodes = len(batch.sequences)
         budget = self.max_step_tokens - num_decodes
         if self.pacer is not None and any(s.priority < BATCH for s in batch.sequences):
-            budget = min(budget, self.pacer.prompt_tokens(num_decodes, prompts[0].num_computed))
+            backlog = self.queue.num_tokens + sum(len(s.tokens) - s.num_computed for s in prompts)
+            paced = self.pacer.prompt_tokens(num_decodes, prompts[0].num_computed, backlog)
+            budget = min(budget, paced)
         rows = self.max_rows - num_decodes
         for sequence in prompts:
             at = sequence.num_computed
