@@ -208,7 +208,8 @@ def test_parallel_requests_of_a_tenant(start: Callable[..., ServerProcess], data
     url = f"{server.url}/v1/completions"
     with httpx.Client(timeout=20) as http:
         with http.stream("POST", url, json=long, headers=headers) as running:
-            next(running.iter_lines())
+            lines = running.iter_lines()  # kept: dropping it would close the connection
+            next(lines)
             refused = http.post(url, json=short, headers=headers)
             assert refused.json()["error"]["code"] == "too_many_parallel_requests"
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
