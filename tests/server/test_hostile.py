@@ -190,7 +190,7 @@ def test_bad_message_is_placed(http: httpx.Client, param: str, message: object) 
 
 BAD_COMPLETIONS = [
     ("echo", "yes", "found a string"),
-    ("suffix", "end", "fill-in-the-middle"),
+    ("suffix", "end", "no tokens to fill in the middle"),
     ("max_tokens", -1, "greater than or equal to 0"),
     ("n", 129, "less than or equal to 128"),
     ("guided_choice", "a", "list of non-empty strings"),

@@ -105,14 +105,19 @@ def test_ctrl_c_ends_a_stream_with_an_error_and_the_server_with_zero(chat_model:
     assert time.monotonic() - began < 3.0
 
 
-def test_an_engine_that_breaks_fails_its_requests_and_readiness(
+def test_an_engine_that_breaks_fails_its_requests_and_serves_the_next(
     inner_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A crash ends what ran and nothing else; one crash after the other ends the service, which says so."""
     server = inner_server()
     runner = server.frontend.service.engine.runner
+    whole = runner.step
 
     def broken(*args: object, **more: object) -> None:
         raise MemoryError("out of memory in a step")
+
+    def ask() -> httpx.Response:
+        return httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=20)
 
     with connect(server.url) as raw:
         raw.sendall(request_bytes(stream=True))
@@ -121,10 +126,15 @@ def test_an_engine_that_breaks_fails_its_requests_and_readiness(
         while b"0\r\n\r\n" not in text:
             text += raw.recv(65536)
     assert b'"code":"engine_unavailable"' in text and b"out of memory in a step" in text
+    runner.step = whole  # type: ignore[method-assign]
+    assert httpx.get(f"{server.url}/ready").status_code == 200 and ask().status_code == 200
+    runner.step = broken  # type: ignore[method-assign]
+    for _ in range(2):
+        reply = ask()
+        assert reply.status_code == 503 and "out of memory" in reply.json()["error"]["message"]
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert httpx.get(f"{server.url}/ready").status_code == 503
-    reply = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=20)
-    assert reply.status_code == 503 and "out of memory" in reply.json()["error"]["message"]
+    assert ask().status_code == 503
     assert "failed" in caplog.text
 
 
