@@ -45,7 +45,7 @@ class LLM:
     An answer can be kept to a form, by one of these keywords (RequestError where it can't be enforced):
       json_schema  a JSON schema ({} is any JSON), or a class with `model_json_schema()`: a pydantic model
       regex        a regular expression that the whole answer matches (Rust's syntax, no look-around)
-      grammar      a context-free grammar: Lark in the dialect of llguidance
+      grammar      a context-free grammar: Lark in the dialect of llguidance, or llama.cpp's GBNF
       choices      a list of strings, of which the answer is one
     It may still be cut: `finish_reason` is then 'length'.
 

@@ -39,8 +39,8 @@ class Constraint:
     """A form that the answer must have.
 
     kind and value: 'json' any JSON object (None), 'json_schema' a schema, 'regex' a pattern, 'grammar' a Lark
-    grammar in llguidance's dialect, 'choice' a list of strings. param: the field that an error names, as the
-    caller spells it.
+    grammar in llguidance's dialect or a GBNF one, 'choice' a list of strings. param: the field that an error
+    names, as the caller spells it.
     """
 
     kind: Literal["json", "json_schema", "regex", "grammar", "choice"]

@@ -95,12 +95,17 @@ def schema(value: object) -> Grammar:
             ["((1)", "()", "1)"],
         ),
         (
+            grammars.lark_grammar('root ::= "[" item ("," item)* "]"\nitem ::= [a-z]+ | [0-9]', "p"),
+            ["[ab,3]", "[x]"],
+            ["[]", "[ab,33]", "[ab,]"],
+        ),
+        (
             grammars.choice_grammar(["yes", "yesterday", 'é"\\\n'], "p"),
             ["yes", "yesterday", 'é"\\\n'],
             ["yester", "no", "Yes"],
         ),
     ],
-    ids=["json", "schema", "regex", "lark", "choice"],
+    ids=["json", "schema", "regex", "lark", "gbnf", "choice"],
 )  # fmt: skip
 def test_every_kind_of_grammar(kind: str, grammar: Grammar, good: list[str], bad: list[str]) -> None:
     assert [text for text in good if not accepts(kind, grammar, text)] == []
@@ -234,6 +239,8 @@ def test_the_cache_is_bounded() -> None:
         (lambda: grammars.regex_grammar("é" * 9000, "p"), ["18000", "16384"]),
         (lambda: grammars.lark_grammar("start: foo", "p"), ["foo"]),
         (lambda: grammars.lark_grammar("(((", "p"), ["1(1)"]),
+        (lambda: grammars.lark_grammar("root ::= (((", "p"), ["GBNF", "Expected"]),
+        (lambda: grammars.lark_grammar("root ::= " + "(" * 5000, "p"), ["GBNF"]),
         (lambda: grammars.lark_grammar(" ", "p"), ["empty"]),
         (lambda: grammars.lark_grammar("#" * 70_000, "p"), ["70000"]),
         (lambda: grammars.choice_grammar([], "p"), ["at least one"]),

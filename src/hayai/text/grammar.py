@@ -122,12 +122,23 @@ def regex_grammar(pattern: object, param: str, limits: LimitsConfig = LIMITS) ->
 
 
 def lark_grammar(source: object, param: str) -> Grammar:
-    """A context-free grammar as the caller wrote it, with a rule `start`."""
+    """A context-free grammar as the caller wrote it: Lark with a rule `start`, or llama.cpp's GBNF, which has
+    a rule `root ::= ...` and is translated."""
     if not isinstance(source, str) or not source.strip():
         raise _refused("a grammar is a string that is not empty", param)
     if len(source) > MAX_LARK_CHARS:
         raise _refused(f"the grammar has {len(source)} characters; at most {MAX_LARK_CHARS}", param)
-    return Grammar(source, param)
+    if _GBNF.search(source) is None:
+        return Grammar(source, param)
+    from llguidance.gbnf_to_lark import gbnf_to_lark  # as above
+
+    try:
+        return Grammar(gbnf_to_lark(source), param)
+    except Exception as error:  # its own error, and what deep nesting makes of Python
+        raise _refused(f"the GBNF grammar is not valid: {error!s:.300}", param) from error
+
+
+_GBNF = re.compile(r"^[ \t]*root[ \t]*::=", re.MULTILINE)
 
 
 def choice_grammar(choices: object, param: str) -> Grammar:
