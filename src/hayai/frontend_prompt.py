@@ -60,8 +60,7 @@ class Prompt:
         """Size of the text to tokenise, which is at most its number of bytes."""
         if self.text is not None:
             return len(self.text)
-        contents = (m.get("content") for m in self.messages or ())
-        return sum(len(c) for c in contents if isinstance(c, str))
+        return sum(_num_characters(message.get("content")) for message in self.messages or ())
 
 
 class PromptEncoder:
@@ -155,3 +154,12 @@ class PromptEncoder:
             param=prompt.param,
             code="context_length_exceeded",
         )
+
+
+def _num_characters(content: object) -> int:
+    """Of a message's content: a string, or a list of parts with text."""
+    if isinstance(content, str):
+        return len(content)
+    if not isinstance(content, (list, tuple)):
+        return 0
+    return sum(_num_characters(part.get("text")) for part in content if isinstance(part, Mapping))

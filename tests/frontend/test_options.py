@@ -111,3 +111,10 @@ def test_infill_needs_tokens_for_it(make_frontend: MakeFrontend) -> None:
     with pytest.raises(RequestError, match="fill in the middle") as info:
         frontend.infill("a", "b")
     assert (info.value.param, info.value.code) == ("suffix", "unsupported_parameter")
+
+
+def test_the_size_of_a_prompt_counts_every_text() -> None:
+    parts = [{"type": "text", "text": "abc"}, {"type": "text", "text": "de"}, "x", 3]
+    messages = ({"role": "user", "content": parts}, {"role": "user", "content": "fg"}, {"role": "assistant"})
+    assert Prompt(messages=messages).num_characters == 7
+    assert Prompt(text="abc").num_characters == 3 and Prompt(token_ids=(1,)).num_characters == 0
