@@ -157,9 +157,10 @@ class PromptEncoder:
 
 
 def _num_characters(content: object) -> int:
-    """Of a message's content: a string, or a list of parts with text."""
+    """Of a message's content: a string, or a list of strings and parts with text."""
     if isinstance(content, str):
         return len(content)
     if not isinstance(content, (list, tuple)):
         return 0
-    return sum(_num_characters(part.get("text")) for part in content if isinstance(part, Mapping))
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    return sum(len(text) for text in texts if isinstance(text, str))

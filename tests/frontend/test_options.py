@@ -116,5 +116,5 @@ def test_infill_needs_tokens_for_it(make_frontend: MakeFrontend) -> None:
 def test_the_size_of_a_prompt_counts_every_text() -> None:
     parts = [{"type": "text", "text": "abc"}, {"type": "text", "text": "de"}, "x", 3]
     messages = ({"role": "user", "content": parts}, {"role": "user", "content": "fg"}, {"role": "assistant"})
-    assert Prompt(messages=messages).num_characters == 7
+    assert Prompt(messages=messages).num_characters == 8
     assert Prompt(text="abc").num_characters == 3 and Prompt(token_ids=(1,)).num_characters == 0
