@@ -233,7 +233,7 @@ void Executor::screened_pass(int thread, const Phase &p, const RowTile &tile) {
 
 // Add the low part to the high parts y of some rows: their exact logits.
 void Executor::low_parts(const Phase &p, const HeadInput &input, const int64_t *rows, int64_t n, float *y) {
-  k_.head_low(p.head->planes, rows, 0, n, input.q, input.scale, input.low_sum, y);
+  k_.head_low(p.head->planes, rows, n, {input.q, input.scale, input.low_sum}, y);
 }
 
 // Append the rows of [begin, end) whose bound reaches the threshold, with what scoring them will need: by
@@ -331,6 +331,11 @@ void Executor::full_pass(int thread, const Phase &p, const RowTile &tile) {
     prepare_rows(thread, p, tile);
   else
     prepare_plain(thread, p, tile);
+  LowInput low[kRowTile];
+  for (int i = 0; i < tile.count && p.head; i++) {
+    const HeadInput &input = head_input(thread, i, tile);
+    low[i] = {input.q, input.scale, input.low_sum};
+  }
   const int64_t total_groups = p.head ? p.head->groups : p.weight.groups;
   for_chunks(thread, p.range_index, p.num_chunks, [&](int64_t chunk) {
     const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, total_groups - first);
@@ -339,14 +344,10 @@ void Executor::full_pass(int thread, const Phase &p, const RowTile &tile) {
       high_parts(thread, p, tile, first, groups);
     else
       plain_logits(thread, p, tile, first, groups);
-    for (int i = 0; i < tile.count; i++) {
-      float *y = logits_of(i) + first_row;
-      if (p.head) {
-        const HeadInput &input = head_input(thread, i, tile);
-        k_.head_low(p.head->planes, nullptr, first_row, n, input.q, input.scale, input.low_sum, y);
-      }
-      if (p.softcap > 0) k_.softcap(y, p.softcap, n, y);
-    }
+    if (p.head)
+      k_.head_low_many(p.head->planes, first_row, n, low, tile.count, logits_ + first_row, padded_vocab_);
+    for (int i = 0; i < tile.count && p.softcap > 0; i++)
+      k_.softcap(logits_of(i) + first_row, p.softcap, n, logits_of(i) + first_row);
   });
 }
 

@@ -150,6 +150,13 @@ static inline size_t head_low_row_bytes(int64_t cols) {
   return size_t((cols / kBlockInputs + 1) / 2 * 2) * 18;
 }
 
+// One token's input of the low plane: off[b] = -7.5 * scale[b] * sum_k q. q must be readable to a whole pair of
+// blocks.
+struct LowInput {
+  const int8_t *q;
+  const float *scale, *off;
+};
+
 struct ScreenTerms {
   float rest_norm, outlier_norm, slack;
 };
@@ -209,10 +216,11 @@ struct KernelTable {
   // largest y (lowest on ties).
   int64_t (*screen_bounds)(const float *y, const float *rest_error, const float *outlier_error,
                            const ScreenTerms &terms, int64_t n, float *bound);
-  // y[i] += low part of row rows[i] (rows null: first_row + i). off[b] = -7.5 * scale[b] * sum_k q. q must be
-  // readable to a whole pair of blocks.
-  void (*head_low)(const HeadPlanes &h, const int64_t *rows, int64_t first_row, int64_t num_rows,
-                   const int8_t *q, const float *scale, const float *off, float *y);
+  // y[i] += low part of row rows[i].
+  void (*head_low)(const HeadPlanes &h, const int64_t *rows, int64_t num_rows, const LowInput &in, float *y);
+  // y[t * ldy + i] += low part of row first_row + i for token t: the bits of head_low.
+  void (*head_low_many)(const HeadPlanes &h, int64_t first_row, int64_t num_rows, const LowInput *in,
+                        int tokens, float *y, int64_t ldy);
 
   // Index of the largest value, lowest index on ties; NaN never wins (all NaN: 0).
   int64_t (*argmax)(const float *x, int64_t n);

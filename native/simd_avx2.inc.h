@@ -124,13 +124,22 @@ template <int T, int CHUNK> INLINE void nibble_dots(const uint8_t *codes, const 
 
 // Two blocks of one row, 16 bytes each: byte j is input j (low nibble) and input 16 + j (high nibble). Eight
 // partial sums a block; ranges as above.
-INLINE void pair_dots(const uint8_t *codes, const int8_t *q, VI *out) {
+struct PairCodes {
+  __m256i codes[2];
+};
+INLINE PairCodes unpack_pair(const uint8_t *codes) {
   const __m128i mask = _mm_set1_epi8(15);
+  PairCodes r;
   UNROLL for (int i = 0; i < 2; i++) {
     const __m128i w = _mm_loadu_si128((const __m128i *)(codes + 16 * i));
     const __m128i high = _mm_and_si128(_mm_srli_epi16(w, 4), mask);
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_and_si128(w, mask)), high, 1);
-    const __m256i dots = _mm256_maddubs_epi16(both, codes_at((const uint8_t *)q + 32 * i));
+    r.codes[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_and_si128(w, mask)), high, 1);
+  }
+  return r;
+}
+INLINE void pair_dots(const PairCodes &w, const int8_t *q, VI *out) {
+  UNROLL for (int i = 0; i < 2; i++) {
+    const __m256i dots = _mm256_maddubs_epi16(w.codes[i], codes_at((const uint8_t *)q + 32 * i));
     out[i] = _mm256_madd_epi16(dots, _mm256_set1_epi16(1));
   }
 }
@@ -158,6 +167,7 @@ INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *, int6
 // end of the level range, because faster memory wants more (simd_avx512.inc.h).
 constexpr size_t kPrefetchDistance = 2048;
 constexpr int kMaxTileTokens = 4; // tokens per integer tile
+constexpr int kLowTokens = 2;     // tokens per row of the head's low plane
 constexpr int kFloatGroups = 3, kFloatTokens = 4;
 constexpr int kScoreRows = 3, kScorePages = 2; // attention register blocks
 constexpr int kValueRows = 3, kValueVectors = 2;

@@ -109,12 +109,17 @@ INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t tile_byte
 
 // Two blocks of one row, 16 bytes each: byte j is input j (low nibble) and input 16 + j (high nibble). Lanes
 // 0-7 belong to the first.
-INLINE void pair_dots(const uint8_t *codes, const int8_t *q, VI *out) {
+struct PairCodes {
+  __m512i codes;
+};
+INLINE PairCodes unpack_pair(const uint8_t *codes) {
   const __m256i mask = _mm256_set1_epi8(15), w = _mm256_loadu_si256((const __m256i *)codes);
   const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), mask);
   const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(w, mask)), high, 1);
-  const __m512i ordered = _mm512_shuffle_i64x2(both, both, 0xd8); // low 0, high 0, low 1, high 1
-  out[0] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ordered, codes_at((const uint8_t *)q));
+  return {_mm512_shuffle_i64x2(both, both, 0xd8)}; // low 0, high 0, low 1, high 1
+}
+INLINE void pair_dots(const PairCodes &w, const int8_t *q, VI *out) {
+  out[0] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.codes, codes_at((const uint8_t *)q));
 }
 INLINE void splat_pair(const float *p, V *out) {
   const __m512 first = _mm512_set1_ps(p[0]);
@@ -163,6 +168,7 @@ INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *sum, i
 // gives 0.80 and 0.97, 8192 gives 0.90 and 0.96; 32768 falls to 0.83 from L3.
 constexpr size_t kPrefetchDistance = 8192;
 constexpr int kMaxTileTokens = 8; // tokens per integer tile
+constexpr int kLowTokens = 4;     // tokens per row of the head's low plane
 constexpr int kFloatGroups = 4, kFloatTokens = 6;
 constexpr int kScoreRows = 6, kScorePages = 4; // attention register blocks
 constexpr int kValueRows = 6, kValueVectors = 4;

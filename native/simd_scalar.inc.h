@@ -146,7 +146,12 @@ template <int T, int CHUNK> INLINE void nibble_dots(const uint8_t *codes, const 
 
 // Two blocks of one row, 16 bytes each: byte j is input j (low nibble) and input 16 + j (high nibble). Eight
 // partial sums a block, of neighbouring inputs by four.
-INLINE void pair_dots(const uint8_t *codes, const int8_t *q, VI *out) {
+struct PairCodes {
+  const uint8_t *codes;
+};
+INLINE PairCodes unpack_pair(const uint8_t *codes) { return {codes}; }
+INLINE void pair_dots(const PairCodes &w, const int8_t *q, VI *out) {
+  const uint8_t *codes = w.codes;
   for (int i = 0; i < 2; i++, codes += 16, q += 32) {
     for (int lane = 0; lane < 4; lane++) {
       int32_t low = 0, high = 0;
@@ -181,6 +186,7 @@ INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *, int6
 
 constexpr size_t kPrefetchDistance = 1536;
 constexpr int kMaxTileTokens = 4; // tokens per integer tile
+constexpr int kLowTokens = 2;     // tokens per row of the head's low plane
 constexpr int kFloatGroups = 2, kFloatTokens = 3;
 constexpr int kScoreRows = 2, kScorePages = 1; // attention register blocks
 constexpr int kValueRows = 2, kValueVectors = 2;

@@ -27,6 +27,7 @@ static const KernelTable kTable = {
     attend_merge,
     screen_bounds,
     head_low,
+    head_low_many,
     argmax,
     exp_sum,
     read_bytes,

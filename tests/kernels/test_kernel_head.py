@@ -101,17 +101,26 @@ def high_part(head: Head, a: Input) -> Array:
     return plane_product(head.kernels, head.high, head.cols, a.q, a.scale * np.float32(16), sums)
 
 
-def logits(
-    head: Head, a: Input, rows: Array | None = None, first: int = 0, count: int | None = None
-) -> Array:
+def logits(head: Head, a: Input, rows: Array | None = None) -> Array:
     """Exact logits of some rows: the high part, and head_low on top."""
-    count = len(head.rows) - first if count is None else count
-    picks = np.arange(first, first + count) if rows is None else rows
+    picks = np.arange(len(head.rows)) if rows is None else rows
     y = aligned(len(picks))
     y[:] = high_part(head, a)[picks]
-    head.kernels.head_low(
-        head.high, head.low, head.cols, rows, first, a.q, a.scale, a.total * np.float32(-7.5), y
-    )
+    off = a.total * np.float32(-7.5)
+    head.kernels.head_low(head.high, head.low, head.cols, picks, a.q, a.scale, off, y)
+    return y
+
+
+def all_logits(head: Head, inputs: list[Input], first: int, count: int) -> Array:
+    """Exact logits (tokens, count) of neighbouring rows, of several tokens at once."""
+    y = aligned((len(inputs), count))
+    for t, a in enumerate(inputs):
+        y[t] = high_part(head, a)[first : first + count]
+    head.kernels.head_low_many(
+        head.high, head.low, head.cols, first, len(inputs), np.concatenate([a.q for a in inputs]),
+        np.concatenate([a.scale for a in inputs]),
+        np.concatenate([a.total * np.float32(-7.5) for a in inputs]), y.reshape(-1),
+    )  # fmt: skip
     return y
 
 
@@ -143,9 +152,19 @@ def test_the_low_part_of_a_row_has_one_set_of_bits(isa: str, cols: int) -> None:
     for seed in range(3):
         a = random_input(head, seed)
         want = logits(head, a)
-        assert same_bits(logits(head, a, first=17, count=31), want[17:48])
         for picks in ([0], [3, 3, 70, 5], list(range(75)), [74, 17, 16, 15, 9, 8, 7]):
             assert same_bits(logits(head, a, np.array(picks)), want[picks])
+
+
+@pytest.mark.parametrize("cols", [32, 96, 512, 576])
+def test_many_tokens_have_the_bits_of_one(isa: str, cols: int) -> None:
+    head = make_head(isa, 75, cols)
+    inputs = [random_input(head, seed) for seed in range(9)]
+    want = np.stack([logits(head, a) for a in inputs])
+    for tokens in range(1, 10):
+        for first, count in ((0, 75), (17, 31), (74, 1)):
+            found = all_logits(head, inputs[:tokens], first, count)
+            assert same_bits(found, want[:tokens, first : first + count])
 
 
 @pytest.mark.parametrize("cols", [64, 576])
