@@ -61,7 +61,8 @@ NEVER = {"torch", "triton", "transformers", "llama_cpp"}
 """Packages that no layer may need: an install for the CPU is numpy and our own wheel."""
 
 LAZY = {
-    "asyncio", "readline", "rich", "uvloop", "hayai._native", "hayai.api", "hayai.backends", "hayai.bench",
+    "asyncio", "hashlib", "readline", "rich", "uvloop",
+    "hayai._native", "hayai.api", "hayai.backends", "hayai.bench",
     "hayai.frontend_answer", "hayai.frontend_async", "hayai.text.budget", "hayai.text.sandbox",
     "hayai.text.tool_prompt", "hayai.weights.download", "tokenizers",
     "hayai.server.ledger", "hayai.server.reports", "hayai.server.responses_store",

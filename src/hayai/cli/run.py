@@ -44,7 +44,8 @@ def command(
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     request = Prompt(text=prompt) if raw else Prompt(messages=tuple(messages))
-    loaded = load(**engine, max_sequences=1, max_step_tokens=STEP_TOKENS, chat=not raw)
+    # One prompt has no use for a prefix cache.
+    loaded = load(**engine, max_sequences=1, max_step_tokens=STEP_TOKENS, prefix_cache=False, chat=not raw)
     with closing(Frontend(loaded)) as frontend:
         timing = None
         write, flush = sys.stdout.write, sys.stdout.flush

@@ -79,7 +79,7 @@ class KvCache:
     ) -> None:
         self.groups = tuple(groups)
         self.keeps_prefixes = prefix_cache and all(group.kind != "state" for group in self.groups)
-        self._block_names = BlockNames()
+        self._block_names = BlockNames() if self.keeps_prefixes else None
         self._has_windows = any(group.kind == "window" for group in self.groups)
         self.num_blocks = num_blocks
         self.max_step_tokens = max_step_tokens
@@ -170,7 +170,7 @@ class KvCache:
 
     def chain(self, tokens: list[int], salt: str) -> TokenChain | None:
         """The names of a sequence's blocks; None where none are kept. `tokens` is its own growing list."""
-        return self._block_names.chain(tokens, salt) if self.keeps_prefixes else None
+        return None if self._block_names is None else self._block_names.chain(tokens, salt)
 
     def match(self, chain: TokenChain, most: int) -> int:
         """How many of the first `most` blocks of a sequence are there in every group that would read them."""

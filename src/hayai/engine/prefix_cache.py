@@ -18,9 +18,14 @@ from __future__ import annotations
 import os
 import struct
 from collections import OrderedDict
-from hashlib import blake2b
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from hayai.backends.base import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from hashlib import blake2b
 
 NAME_BYTES = 32
 _PACK = struct.Struct(f"<{BLOCK_SIZE}i").pack
@@ -29,26 +34,31 @@ _PACK = struct.Struct(f"<{BLOCK_SIZE}i").pack
 class BlockNames:
     """Makes the chains of one cache; see the module."""
 
-    __slots__ = ("_key",)
+    __slots__ = ("_name_block", "_name_salt")
 
     def __init__(self) -> None:
-        self._key = os.urandom(NAME_BYTES)
+        from hashlib import (
+            blake2b,
+        )  # brings 3 MB of OpenSSL along, which one run of one prompt has no use for
+
+        named = partial(blake2b, digest_size=NAME_BYTES, key=os.urandom(NAME_BYTES))
+        self._name_salt = partial(named, person=b"salt")
+        self._name_block = partial(named, person=b"block")
 
     def chain(self, tokens: list[int], salt: str) -> TokenChain:
         """The chain of a sequence. `tokens` is the sequence's own list and may grow at its end."""
-        root = blake2b(salt.encode(), digest_size=NAME_BYTES, key=self._key, person=b"salt")
-        return TokenChain(tokens, root.digest(), self._key)
+        return TokenChain(tokens, self._name_salt(salt.encode()).digest(), self._name_block)
 
 
 class TokenChain:
     """The names of one sequence's full blocks, computed when they are asked for."""
 
-    __slots__ = ("_key", "_root", "_tokens", "names")
+    __slots__ = ("_name_block", "_root", "_tokens", "names")
 
-    def __init__(self, tokens: list[int], root: bytes, key: bytes) -> None:
+    def __init__(self, tokens: list[int], root: bytes, name_block: Callable[[bytes], blake2b]) -> None:
         self._tokens = tokens
         self._root = root
-        self._key = key
+        self._name_block = name_block
         self.names: list[bytes] = []
 
     def upto(self, count: int) -> list[bytes]:
@@ -58,7 +68,7 @@ class TokenChain:
             at = len(names) * BLOCK_SIZE
             before = names[-1] if names else self._root
             block = before + _PACK(*tokens[at : at + BLOCK_SIZE])
-            names.append(blake2b(block, digest_size=NAME_BYTES, key=self._key, person=b"block").digest())
+            names.append(self._name_block(block).digest())
         return names
 
 
