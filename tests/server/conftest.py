@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,13 +52,16 @@ def http(server: ServerProcess) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def inner_server(chat_model: Path) -> Iterator[Callable[..., InnerServer]]:
-    """Call it with ServerConfig fields, and with a model where it is not the tiny one."""
+    """Call it with ServerConfig fields, and with a model where it is not the tiny one. send_buffer: bytes
+    that the kernel holds of what a client does not read."""
     stops: list[Callable[[], None]] = []
 
-    def start(model: Path = chat_model, **options: int) -> InnerServer:
+    def start(model: Path = chat_model, send_buffer: int | None = None, **options: int) -> InnerServer:
         frontend = Frontend(load_model(EngineConfig(model=str(model), backend="reference")))
         config = ServerConfig(port=0, **options)
         sock = bind(config)
+        if send_buffer is not None:  # accepted connections inherit it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         ready = threading.Event()
         server = make_server(create_app(frontend, config), ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})

@@ -90,7 +90,7 @@ class _Tokens:
         given = [name for name in ("prompt", "messages", "content") if getattr(body, name) is not None]
         if len(given) != 1:
             refuse("prompt", f"give one of prompt, messages and content: {', '.join(given) or 'none'}")
-        ids = await asyncio.to_thread(self._ids, body)
+        ids = list(await asyncio.to_thread(self._ids, body))
         if body.content is not None:
             return json_response({"tokens": self._pieces(ids) if body.with_pieces else ids})
         answer: dict[str, Any] = {
