@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import hayai._native as _native
 from hayai.backends import cpu_match as match
 from hayai.backends.base import BLOCK_SIZE, Limits, WeightSource
-from hayai.backends.reference_ops import rope_frequencies
+from hayai.backends.rope import rope_frequencies
 from hayai.errors import PlanError
 from hayai.formats import QuantTensor
 from hayai.plan import ops

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hayai.backends.reference_attention import attention, index_topk, kv_append, linear_state
 from hayai.backends.reference_context import StepContext
+from hayai.backends.rope import rope_frequencies
 from hayai.backends.sampling_reference import sample_step
 from hayai.plan import ops
 
@@ -73,22 +74,6 @@ def _layer_norm(ctx: StepContext, op: ops.LayerNorm) -> None:
     out = scaled.astype(np.float32) * ctx.weights.need(op.weight)
     bias = None if op.bias is None else ctx.weights.get(op.bias)
     ctx.env[op.out] = out if bias is None else out + bias
-
-
-def rope_frequencies(op: ops.Rope, factors: Floats | None) -> NDArray[np.float64]:
-    """Radians per position of each rotated pair (rotary_dim / 2), scaling applied."""
-    freqs = op.theta ** (-2.0 * np.arange(op.rotary_dim // 2) / op.rotary_dim)
-    scaling = op.scaling
-    if scaling is None:
-        return freqs
-    if scaling.kind == "factors":
-        return freqs if factors is None else freqs / factors.astype(np.float64)
-    if scaling.kind == "linear":
-        return freqs / scaling.factor
-    context, low, high = scaling.original_context, scaling.low_freq_factor, scaling.high_freq_factor
-    wavelengths = 2 * math.pi / freqs
-    blend = np.clip((context / wavelengths - low) / (high - low), 0.0, 1.0)
-    return (1 - blend) * freqs / scaling.factor + blend * freqs
 
 
 def _rope(ctx: StepContext, op: ops.Rope) -> None:
