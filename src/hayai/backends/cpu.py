@@ -34,7 +34,7 @@ SPEC_DTYPE = np.dtype(
 )  # fmt: skip
 """One row's parameters as native/sampling.h, SamplingSpec, has them."""
 
-MAX_CACHED_SPECS = 4096
+MAX_CACHED_SPECS = 256
 
 OVERSUBSCRIPTION = 8
 """Most threads per usable core. More would only wait for each other, for minutes where it is hundreds."""
