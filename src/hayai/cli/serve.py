@@ -16,7 +16,8 @@ from hayai.cli.console import note
 from hayai.cli.options import engine_options, load_engine
 from hayai.config import EngineConfig, ServerConfig, read_environment
 from hayai.config_file import Resolved, resolve
-from hayai.frontend import EngineError, Frontend
+from hayai.errors import HayaiError
+from hayai.frontend import Frontend
 from hayai.load import LoadedModel
 from hayai.server.access import Access, open_access
 from hayai.server.app import create_app
@@ -203,7 +204,7 @@ def command(
             )
             serve(server, sock)
     if server.failure is not None:
-        raise EngineError(f"the engine failed, so the server stopped: {server.failure}")
+        raise HayaiError(f"the engine failed, so the server stopped: {server.failure}")
     note("stopped")
 
 
