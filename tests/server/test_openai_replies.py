@@ -164,7 +164,7 @@ async def test_timings_say_what_the_request_ran_in(dialect: str) -> None:
     assert body["timings"] == [
         {
             "queue_ms": 500.0, "prefill_ms": 500.0, "decode_ms": 2000.0, "prompt_tokens": 7,
-            "cached_tokens": 3, "output_tokens": 6, "steps": 6, "batch_mean": 2.5, "batch_max": 4, "preemptions": 1,
-            "precision": "q8_0", "isa": "avx2",
+            "cached_tokens": 3, "output_tokens": 6, "steps": 6, "batch_mean": 2.5, "batch_max": 4,
+            "preemptions": 1, "precision": "q8_0", "isa": "avx2",
         }
     ]  # fmt: skip
