@@ -109,3 +109,33 @@ def test_a_store_that_fails_does_not_take_the_answer_with_it(
     assert reply.status_code == 200 and reply.json()["store"] is False
     assert httpx.get(f"{url}/{reply.json()['id']}").status_code == 404
     assert "could not be stored" in caplog.text
+
+
+def test_keys_of_other_tenants_find_nothing(chat_model: Path, tmp_path: Path) -> None:
+    """Through the whole server, with the database that keys and ledger lie in."""
+    path = tmp_path / "keys.db"
+    with Database(str(path)) as database:
+        mine, _ = database.create_key("acme")
+        colleague, _ = database.create_key("acme")
+        stranger, _ = database.create_key("other")
+    server = start_server(chat_model, "--database", str(path), "--state-dir", str(tmp_path))
+    try:
+        url = f"{server.url}/v1/responses"
+
+        def ask(method: str, key: str, where: str = "", **body: object) -> httpx.Response:
+            headers = {"authorization": f"Bearer {key}"}
+            return httpx.request(method, url + where, headers=headers, json=body or None, timeout=30)
+
+        made = ask("POST", mine, input="secret", max_output_tokens=2).json()["id"]
+        assert ask("GET", colleague, f"/{made}").status_code == 200
+        for method, where in (("GET", ""), ("GET", "/input_items"), ("DELETE", ""), ("POST", "/cancel")):
+            assert ask(method, stranger, f"/{made}{where}").status_code == 404
+            assert httpx.request(method, f"{url}/{made}{where}", timeout=30).status_code == 401
+        follow = ask("POST", stranger, input="x", previous_response_id=made)
+        assert follow.status_code == 404 and "secret" not in follow.text
+        assert ask("DELETE", colleague, f"/{made}").status_code == 200
+        assert not (tmp_path / "responses.db").exists()
+        assert server.interrupt() == (0, "stopped\n")
+    finally:
+        server.process.kill()
+        server.process.communicate()
