@@ -321,44 +321,22 @@ HeadPlanes planes(const Kernels &k, const Bytes &high, const Bytes &low, int64_t
   return {high.data(), nullptr, low.data(), cols};
 }
 
-LowInput low_input(int64_t cols, const Vec<const int8_t> &q, const Floats &scale, const Floats &off,
-                   int64_t tokens) {
-  need(len(q) == tokens * ((cols / 32 + 1) / 2 * 64) && len(scale) == tokens * (cols / 32) &&
-           len(off) == tokens * (cols / 32),
-       "head_low: inputs do not fit");
-  return {q.data(), scale.data(), off.data()};
-}
-
-void head_low(const Kernels &k, Bytes high, Bytes low, int64_t cols, Vec<const int64_t> rows,
-              Vec<const int8_t> q, Floats scale, Floats off, Out y, int repeats) {
-  int64_t last = -1;
-  need(len(rows) == len(y), "head_low: rows do not fit");
-  for (int64_t i = 0; i < len(rows); i++) {
-    need(rows.data()[i] >= 0, "head_low: negative row");
-    last = std::max(last, rows.data()[i]);
+// rows None: first_row + i for i < count, first_row a multiple of the group's rows. out: one group of kQ4_0.
+void low_group(const Kernels &k, Bytes high, Bytes low, int64_t cols, std::optional<Vec<const int64_t>> rows,
+               int64_t first_row, int64_t count, Vec<uint8_t> out, int repeats) {
+  const int64_t g = k.table->group_rows;
+  need(count >= 1 && count <= g && first_row >= 0 && first_row % g == 0 && (!rows || len(*rows) == count),
+       "low_group: rows do not fit");
+  int64_t last = rows ? 0 : first_row + count - 1;
+  for (int64_t i = 0; rows && i < count; i++) {
+    need(rows->data()[i] >= 0, "low_group: negative row");
+    last = std::max(last, rows->data()[i]);
   }
   const HeadPlanes h = planes(k, high, low, cols, last + 1);
-  const LowInput input = low_input(cols, q, scale, off, 1);
+  need(len(out) == int64_t(group_bytes(kQ4_0, int(g), cols)), "low_group: output does not fit");
   nb::gil_scoped_release release;
   for (int i = 0; i < repeats; i++) {
-    k.table->head_low(h, rows.data(), len(rows), input, y.data());
-  }
-}
-
-// y [tokens][rows]; q [tokens][whole pairs of blocks], scale and off [tokens][blocks].
-void head_low_many(const Kernels &k, Bytes high, Bytes low, int64_t cols, int64_t first_row, int tokens,
-                   Vec<const int8_t> q, Floats scale, Floats off, Out y, int repeats) {
-  need(first_row >= 0 && tokens >= 1 && len(y) % tokens == 0, "head_low_many: rows do not fit");
-  const int64_t num_rows = len(y) / tokens, padded = (cols / 32 + 1) / 2 * 64;
-  const HeadPlanes h = planes(k, high, low, cols, first_row + num_rows);
-  const LowInput all = low_input(cols, q, scale, off, tokens);
-  std::vector<LowInput> inputs;
-  for (int64_t t = 0; t < tokens; t++) {
-    inputs.push_back({all.q + t * padded, all.scale + t * (cols / 32), all.off + t * (cols / 32)});
-  }
-  nb::gil_scoped_release release;
-  for (int i = 0; i < repeats; i++) {
-    k.table->head_low_many(h, first_row, num_rows, inputs.data(), tokens, y.data(), num_rows);
+    k.table->low_group(h, rows ? rows->data() : nullptr, first_row, count, out.data());
   }
 }
 
@@ -410,10 +388,8 @@ void bind_attention_and_head(nb::class_<Kernels> &c) {
            "softcap"_a, "out"_a, "stats"_a, "format"_a = 0, "repeats"_a = 1)
       .def("attend_merge", &attend_merge, "parts"_a, "stats"_a, "splits"_a, "heads"_a, "value_dim"_a,
            "sinks"_a.none(), "y"_a)
-      .def("head_low", &head_low, "high"_a, "low"_a, "cols"_a, "rows"_a, "q"_a, "scale"_a, "off"_a, "y"_a,
-           "repeats"_a = 1)
-      .def("head_low_many", &head_low_many, "high"_a, "low"_a, "cols"_a, "first_row"_a, "tokens"_a, "q"_a,
-           "scale"_a, "off"_a, "y"_a, "repeats"_a = 1)
+      .def("low_group", &low_group, "high"_a, "low"_a, "cols"_a, "rows"_a.none(), "first_row"_a, "count"_a,
+           "out"_a, "repeats"_a = 1)
       .def("unpack_head_row", &unpack_head_row, "high"_a, "low"_a, "cols"_a, "row"_a, "out"_a)
       .def("screen_bounds", &screen_bounds, "y"_a, "rest_error"_a, "outlier_error"_a, "rest_norm"_a,
            "outlier_norm"_a, "slack"_a, "bound"_a);

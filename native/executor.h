@@ -261,7 +261,9 @@ private:
   float *logits_of(int i) { return logits_ + i * padded_vocab_; } // i: within the tile
   void prepare_rows(int thread, const Phase &p, const RowTile &tile);
   void high_parts(int thread, const Phase &p, const RowTile &tile, int64_t first, int64_t groups);
-  void low_parts(const Phase &p, const HeadInput &input, const int64_t *rows, int64_t n, float *y);
+  void low_parts(int thread, const Phase &p, const HeadInput &input, const int64_t *rows, int64_t n,
+                 float *y);
+  void low_chunk(int thread, const Phase &p, const RowTile &tile, int64_t first, int64_t groups);
   void screened_pass(int thread, const Phase &p, const RowTile &tile);
   void rescore(int thread, const Phase &p, const RowTile &tile);
   void store_best(const RowTile &tile);

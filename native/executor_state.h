@@ -26,6 +26,9 @@ struct Executor::HeadInput {
   }
 };
 
+// Groups of the low plane that are made and multiplied at a time: the products of some tables take two.
+constexpr int64_t kLowGroups = 2;
+
 // One thread's scratch, so that phases allocate nothing.
 struct Executor::ThreadState {
   Region region;
@@ -34,6 +37,7 @@ struct Executor::ThreadState {
   float *scale = nullptr, *sum = nullptr;
   float *y = nullptr; // chunk results: [tokens][chunk rows]
   uint8_t *gemm = nullptr;
+  uint8_t *low = nullptr; // groups of the head's low plane
   float *attend = nullptr, *attend_out = nullptr, *attend_stats = nullptr;
   float *zeros = nullptr;
   std::vector<Candidate> candidates;   // of all screened rows, one after the other
@@ -48,10 +52,17 @@ struct Executor::ThreadState {
     const size_t y_floats = size_t(tokens) * round_up(size_t(max_chunk), 16);
     const size_t attend_floats = attend_scratch_floats(int(per_kv), int(value_dim));
     const size_t out_floats = size_t(kMaxQueryBlock) * size_t(per_kv) * size_t(value_dim);
-    const size_t sizes[] = {cols * 4,          cols,           blocks * 4,
-                            blocks * 4,        y_floats * 4,   k.gemm_scratch_bytes(max_cols),
-                            attend_floats * 4, out_floats * 4, size_t(kMaxQueryBlock) * size_t(per_kv) * 8,
-                            cols * 4};
+    const size_t sizes[] = {cols * 4,
+                            cols,
+                            blocks * 4,
+                            blocks * 4,
+                            y_floats * 4,
+                            k.gemm_scratch_bytes(max_cols),
+                            attend_floats * 4,
+                            out_floats * 4,
+                            size_t(kMaxQueryBlock) * size_t(per_kv) * 8,
+                            cols * 4,
+                            kLowGroups * group_bytes(kQ4_0, k.group_rows, max_cols)};
     size_t total = 0;
     for (size_t s : sizes) total += round_up(s, kCacheLine) + kCacheLine;
     region = Region(total, false);
@@ -73,6 +84,7 @@ struct Executor::ThreadState {
     attend_out = floats();
     attend_stats = floats();
     zeros = floats();
+    low = next();
     candidates.reserve(size_t(vocab) / 8);
   }
 };

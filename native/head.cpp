@@ -129,7 +129,7 @@ Executor::HeadInput &Executor::head_input(int thread, int i, const RowTile &tile
 }
 
 // Quantise all rows; several also into tiles, for the products of many tokens: the high plane's in store 0,
-// the outlier plane's in store 1.
+// the outlier plane's or the low plane's in store 1.
 void Executor::prepare_rows(int thread, const Phase &p, const RowTile &tile) {
   if (tile.count == 1) {
     prepare_planes(thread, p, tile.rows[0], threads_[size_t(thread)]->head);
@@ -144,13 +144,16 @@ void Executor::prepare_rows(int thread, const Phase &p, const RowTile &tile) {
       const int i = four * kTileTokens + slot;
       if (i >= count) {
         fill_slot(stores_[0], four, slot, blocks, no_q, zeros, zeros);
-        fill_slot(stores_[1], four, slot, 1, no_q, zeros, zeros);
+        fill_slot(stores_[1], four, slot, tile.screened ? 1 : blocks, no_q, zeros, zeros);
         continue;
       }
       HeadInput &input = *head_inputs_[size_t(i)];
       prepare_planes(thread, p, tile.rows[i], input);
       fill_slot(stores_[0], four, slot, blocks, input.q, input.high_scale, input.high_sum);
-      fill_slot(stores_[1], four, slot, 1, input.outlier_q, &input.outlier_scale, &input.outlier_sum);
+      if (tile.screened)
+        fill_slot(stores_[1], four, slot, 1, input.outlier_q, &input.outlier_scale, &input.outlier_sum);
+      else
+        fill_slot(stores_[1], four, slot, blocks, input.q, input.scale, input.low_sum);
     }
   pool_.barrier(thread);
 }
@@ -225,15 +228,31 @@ void Executor::screened_pass(int thread, const Phase &p, const RowTile &tile) {
   // The exact score of this thread's best estimate is the first threshold.
   for (int i = 0; i < rows; i++) {
     if (best[i].best > -INFINITY)
-      low_parts(p, head_input(thread, i, tile), &best[i].row, 1, &best[i].first_exact);
+      low_parts(thread, p, head_input(thread, i, tile), &best[i].row, 1, &best[i].first_exact);
     best[i].best = best[i].first_exact;
     if (std::isnan(best[i].best)) best[i] = {-INFINITY, -INFINITY, 0}; // the sum overflowed: no threshold
   }
 }
 
-// Add the low part to the high parts y of some rows: their exact logits.
-void Executor::low_parts(const Phase &p, const HeadInput &input, const int64_t *rows, int64_t n, float *y) {
-  k_.head_low(p.head->planes, rows, n, {input.q, input.scale, input.low_sum}, y);
+// Add the low part to the high parts y of some rows: their exact logits. Rows that survive the screening are
+// few and scattered, and the hardware cannot foresee them: the next ones are fetched meanwhile.
+void Executor::low_parts(int thread, const Phase &p, const HeadInput &input, const int64_t *rows, int64_t n,
+                         float *y) {
+  const HeadPlanes &planes = p.head->planes;
+  const ActRow a{input.q, input.scale, input.low_sum, nullptr};
+  const int64_t g = k_.group_rows;
+  const size_t bytes = head_low_row_bytes(planes.cols);
+  uint8_t *group = threads_[size_t(thread)]->low;
+  alignas(64) float low[16];
+  for (int64_t at = 0; at < n; at += g) {
+    for (int64_t i = at + g; i < std::min(n, at + 2 * g); i++)
+      for (size_t line = 0; line < bytes; line += kCacheLine)
+        __builtin_prefetch(planes.low + size_t(rows[i]) * bytes + line);
+    const int64_t count = std::min(g, n - at);
+    k_.low_group(planes, rows + at, 0, count, group);
+    k_.gemv[kQ4_0](group, 1, planes.cols, a, low);
+    k_.add(y + at, low, count, y + at);
+  }
 }
 
 // Append the rows of [begin, end) whose bound reaches the threshold, with what scoring them will need: by
@@ -298,7 +317,7 @@ void Executor::score_candidates(int thread, const Phase &p, const RowTile &tile,
       y[count++] = candidates[j].high;
     }
   if (count == 0) return;
-  low_parts(p, head_input(thread, i, tile), rows, count, y);
+  low_parts(thread, p, head_input(thread, i, tile), rows, count, y);
   for (int64_t j = 0; j < count; j++)
     if (y[j] > best.best || (y[j] == best.best && rows[j] < best.row)) {
       best.best = y[j];
@@ -331,11 +350,6 @@ void Executor::full_pass(int thread, const Phase &p, const RowTile &tile) {
     prepare_rows(thread, p, tile);
   else
     prepare_plain(thread, p, tile);
-  LowInput low[kRowTile];
-  for (int i = 0; i < tile.count && p.head; i++) {
-    const HeadInput &input = head_input(thread, i, tile);
-    low[i] = {input.q, input.scale, input.low_sum};
-  }
   const int64_t total_groups = p.head ? p.head->groups : p.weight.groups;
   for_chunks(thread, p.range_index, p.num_chunks, [&](int64_t chunk) {
     const int64_t first = chunk * p.chunk_groups, groups = std::min(p.chunk_groups, total_groups - first);
@@ -344,11 +358,30 @@ void Executor::full_pass(int thread, const Phase &p, const RowTile &tile) {
       high_parts(thread, p, tile, first, groups);
     else
       plain_logits(thread, p, tile, first, groups);
-    if (p.head)
-      k_.head_low_many(p.head->planes, first_row, n, low, tile.count, logits_ + first_row, padded_vocab_);
+    if (p.head) low_chunk(thread, p, tile, first, groups);
     for (int i = 0; i < tile.count && p.softcap > 0; i++)
       k_.softcap(logits_of(i) + first_row, p.softcap, n, logits_of(i) + first_row);
   });
+}
+
+// Add the low parts of all rows to a chunk's logits.
+void Executor::low_chunk(int thread, const Phase &p, const RowTile &tile, int64_t first, int64_t groups) {
+  ThreadState &s = *threads_[size_t(thread)];
+  const HeadPlanes &planes = p.head->planes;
+  const int64_t g = k_.group_rows, ldy = int64_t(round_up(size_t(kLowGroups * g), 16));
+  const size_t bytes = group_bytes(kQ4_0, int(g), planes.cols);
+  const ActBatch a{stores_[1].q, stores_[1].scale, stores_[1].sum, nullptr, 0};
+  for (int64_t at = first; at < first + groups; at += kLowGroups) {
+    const int64_t count = std::min(kLowGroups, first + groups - at);
+    const int64_t row = at * g, rows = std::min(count * g, p.head->vocab - row);
+    for (int64_t i = 0; i < count; i++)
+      k_.low_group(planes, nullptr, row + i * g, std::min(g, rows - i * g), s.low + size_t(i) * bytes);
+    if (tile.count == 1)
+      k_.gemv[kQ4_0](s.low, count, planes.cols, {s.head.q, s.head.scale, s.head.low_sum, nullptr}, s.y);
+    else
+      k_.gemm[kQ4_0](s.low, count, planes.cols, a, tile.count, s.y, ldy, s.gemm, nullptr);
+    for (int i = 0; i < tile.count; i++) k_.add(logits_of(i) + row, s.y + i * ldy, rows, logits_of(i) + row);
+  }
 }
 
 // A head in a layout of its own: its rows' inputs, in the thread's scratch or in store 0.

@@ -140,7 +140,8 @@ static inline size_t attend_scratch_floats(int heads_per_kv, int value_dim) {
 //     up to even: B fp16 scales d, then B times 16 bytes; byte j of a block: low nibble = input j, high
 //     nibble = input 16 + j.
 // Exact logit = high part + low part. High part: gemv[kQ4_0] of the high plane with scale'_b = 16 * scale_b
-// and sum'_b = -120.5 * scale_b * sum_k q. Low part: head_low, a fixed order per row.
+// and sum'_b = -120.5 * scale_b * sum_k q. Low part: gemv[kQ4_0] of rows as low_group gives them, with scale_b and
+// sum'_b = -7.5 * scale_b * sum_k q.
 struct HeadPlanes {
   const uint8_t *high, *outlier, *low;
   int64_t cols;
@@ -149,13 +150,6 @@ struct HeadPlanes {
 static inline size_t head_low_row_bytes(int64_t cols) {
   return size_t((cols / kBlockInputs + 1) / 2 * 2) * 18;
 }
-
-// One token's input of the low plane: off[b] = -7.5 * scale[b] * sum_k q. q must be readable to a whole pair of
-// blocks.
-struct LowInput {
-  const int8_t *q;
-  const float *scale, *off;
-};
 
 struct ScreenTerms {
   float rest_norm, outlier_norm, slack;
@@ -216,11 +210,9 @@ struct KernelTable {
   // largest y (lowest on ties).
   int64_t (*screen_bounds)(const float *y, const float *rest_error, const float *outlier_error,
                            const ScreenTerms &terms, int64_t n, float *bound);
-  // y[i] += low part of row rows[i].
-  void (*head_low)(const HeadPlanes &h, const int64_t *rows, int64_t num_rows, const LowInput &in, float *y);
-  // y[t * ldy + i] += low part of row first_row + i for token t: the bits of head_low.
-  void (*head_low_many)(const HeadPlanes &h, int64_t first_row, int64_t num_rows, const LowInput *in,
-                        int tokens, float *y, int64_t ldy);
+  // n rows of the low plane, 1 <= n <= group_rows, as one group of kQ4_0: rows[i], or with rows null
+  // first_row + i, first_row a multiple of group_rows. What stands in further lanes is of no use.
+  void (*low_group)(const HeadPlanes &h, const int64_t *rows, int64_t first_row, int64_t n, uint8_t *out);
 
   // Index of the largest value, lowest index on ties; NaN never wins (all NaN: 0).
   int64_t (*argmax)(const float *x, int64_t n);

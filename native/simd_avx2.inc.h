@@ -122,30 +122,23 @@ template <int T, int CHUNK> INLINE void nibble_dots(const uint8_t *codes, const 
   UNROLL for (int t = 0; t < T; t++) out[t] = _mm256_madd_epi16(sum[t], ones);
 }
 
-// Two blocks of one row, 16 bytes each: byte j is input j (low nibble) and input 16 + j (high nibble). Eight
-// partial sums a block; ranges as above.
-struct PairCodes {
-  __m256i codes[2];
-};
-INLINE PairCodes unpack_pair(const uint8_t *codes) {
-  const __m128i mask = _mm_set1_epi8(15);
-  PairCodes r;
-  UNROLL for (int i = 0; i < 2; i++) {
-    const __m128i w = _mm_loadu_si128((const __m128i *)(codes + 16 * i));
-    const __m128i high = _mm_and_si128(_mm_srli_epi16(w, 4), mask);
-    r.codes[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_and_si128(w, mask)), high, 1);
+// Sixteen bytes of each of 8 rows, at rows[r] + at, as 4 vectors: vector v byte 4r + t = byte 4v + t of row r.
+// Half i of four[j] holds row 4i + j, so that a transposition within halves leaves the rows in order.
+INLINE void transpose_codes(const uint8_t *const *rows, size_t at, uint8_t *out) {
+  __m256i four[4];
+  UNROLL for (int j = 0; j < 4; j++) {
+    const __m128i first = _mm_loadu_si128((const __m128i *)(rows[j] + at));
+    const __m128i second = _mm_loadu_si128((const __m128i *)(rows[4 + j] + at));
+    four[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
   }
-  return r;
-}
-INLINE void pair_dots(const PairCodes &w, const int8_t *q, VI *out) {
-  UNROLL for (int i = 0; i < 2; i++) {
-    const __m256i dots = _mm256_maddubs_epi16(w.codes[i], codes_at((const uint8_t *)q + 32 * i));
-    out[i] = _mm256_madd_epi16(dots, _mm256_set1_epi16(1));
-  }
-}
-INLINE void splat_pair(const float *p, V *out) {
-  out[0] = _mm256_broadcast_ss(p);
-  out[1] = _mm256_broadcast_ss(p + 1);
+  const __m256i low01 = _mm256_unpacklo_epi32(four[0], four[1]),
+                high01 = _mm256_unpackhi_epi32(four[0], four[1]);
+  const __m256i low23 = _mm256_unpacklo_epi32(four[2], four[3]),
+                high23 = _mm256_unpackhi_epi32(four[2], four[3]);
+  _mm256_storeu_si256((__m256i *)out, _mm256_unpacklo_epi64(low01, low23));
+  _mm256_storeu_si256((__m256i *)(out + 32), _mm256_unpackhi_epi64(low01, low23));
+  _mm256_storeu_si256((__m256i *)(out + 64), _mm256_unpacklo_epi64(high01, high23));
+  _mm256_storeu_si256((__m256i *)(out + 96), _mm256_unpackhi_epi64(high01, high23));
 }
 
 // maddubs wants an unsigned operand: |w| and q * sign(w). Two products of at most 128 * 127 fit 16
@@ -167,7 +160,6 @@ INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *, int6
 // end of the level range, because faster memory wants more (simd_avx512.inc.h).
 constexpr size_t kPrefetchDistance = 2048;
 constexpr int kMaxTileTokens = 4; // tokens per integer tile
-constexpr int kLowTokens = 2;     // tokens per row of the head's low plane
 constexpr int kFloatGroups = 3, kFloatTokens = 4;
 constexpr int kScoreRows = 3, kScorePages = 2; // attention register blocks
 constexpr int kValueRows = 3, kValueVectors = 2;

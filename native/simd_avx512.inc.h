@@ -107,23 +107,24 @@ INLINE void nibble_dots(const uint8_t *codes, const int8_t *q, int64_t tile_byte
   }
 }
 
-// Two blocks of one row, 16 bytes each: byte j is input j (low nibble) and input 16 + j (high nibble). Lanes
-// 0-7 belong to the first.
-struct PairCodes {
-  __m512i codes;
-};
-INLINE PairCodes unpack_pair(const uint8_t *codes) {
-  const __m256i mask = _mm256_set1_epi8(15), w = _mm256_loadu_si256((const __m256i *)codes);
-  const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 4), mask);
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(w, mask)), high, 1);
-  return {_mm512_shuffle_i64x2(both, both, 0xd8)}; // low 0, high 0, low 1, high 1
-}
-INLINE void pair_dots(const PairCodes &w, const int8_t *q, VI *out) {
-  out[0] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.codes, codes_at((const uint8_t *)q));
-}
-INLINE void splat_pair(const float *p, V *out) {
-  const __m512 first = _mm512_set1_ps(p[0]);
-  out[0] = _mm512_mask_blend_ps(0xff00, first, _mm512_set1_ps(p[1]));
+// Sixteen bytes of each of 16 rows, at rows[r] + at, as 4 vectors: vector v byte 4r + t = byte 4v + t of row r.
+// Lane i of four[j] holds row 4i + j, so that a transposition within lanes leaves the rows in order.
+INLINE void transpose_codes(const uint8_t *const *rows, size_t at, uint8_t *out) {
+  __m512i four[4];
+  UNROLL for (int j = 0; j < 4; j++) {
+    four[j] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(rows[j] + at)));
+    four[j] = _mm512_inserti32x4(four[j], _mm_loadu_si128((const __m128i *)(rows[4 + j] + at)), 1);
+    four[j] = _mm512_inserti32x4(four[j], _mm_loadu_si128((const __m128i *)(rows[8 + j] + at)), 2);
+    four[j] = _mm512_inserti32x4(four[j], _mm_loadu_si128((const __m128i *)(rows[12 + j] + at)), 3);
+  }
+  const __m512i low01 = _mm512_unpacklo_epi32(four[0], four[1]),
+                high01 = _mm512_unpackhi_epi32(four[0], four[1]);
+  const __m512i low23 = _mm512_unpacklo_epi32(four[2], four[3]),
+                high23 = _mm512_unpackhi_epi32(four[2], four[3]);
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi64(low01, low23));
+  _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi64(low01, low23));
+  _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi64(high01, high23));
+  _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi64(high01, high23));
 }
 
 // -128 * (sum of a token's 32 activations), exactly: with w + 128 as the unsigned operand, this takes the
@@ -168,7 +169,6 @@ INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *sum, i
 // gives 0.80 and 0.97, 8192 gives 0.90 and 0.96; 32768 falls to 0.83 from L3.
 constexpr size_t kPrefetchDistance = 8192;
 constexpr int kMaxTileTokens = 8; // tokens per integer tile
-constexpr int kLowTokens = 4;     // tokens per row of the head's low plane
 constexpr int kFloatGroups = 4, kFloatTokens = 6;
 constexpr int kScoreRows = 6, kScorePages = 4; // attention register blocks
 constexpr int kValueRows = 6, kValueVectors = 4;

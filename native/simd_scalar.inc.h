@@ -144,29 +144,11 @@ template <int T, int CHUNK> INLINE void nibble_dots(const uint8_t *codes, const 
   UNROLL for (int t = 0; t < T; t++) out[t] = add_halves(sum[t]);
 }
 
-// Two blocks of one row, 16 bytes each: byte j is input j (low nibble) and input 16 + j (high nibble). Eight
-// partial sums a block, of neighbouring inputs by four.
-struct PairCodes {
-  const uint8_t *codes;
-};
-INLINE PairCodes unpack_pair(const uint8_t *codes) { return {codes}; }
-INLINE void pair_dots(const PairCodes &w, const int8_t *q, VI *out) {
-  const uint8_t *codes = w.codes;
-  for (int i = 0; i < 2; i++, codes += 16, q += 32) {
-    for (int lane = 0; lane < 4; lane++) {
-      int32_t low = 0, high = 0;
-      for (int k = 4 * lane; k < 4 * lane + 4; k++) {
-        low += (codes[k] & 15) * q[k];
-        high += (codes[k] >> 4) * q[16 + k];
-      }
-      out[i][lane] = low;
-      out[i][4 + lane] = high;
-    }
+// Sixteen bytes of each of 8 rows, at rows[r] + at, as 4 vectors: vector v byte 4r + t = byte 4v + t of row r.
+INLINE void transpose_codes(const uint8_t *const *rows, size_t at, uint8_t *out) {
+  for (int v = 0; v < 4; v++) {
+    for (int r = 0; r < kG; r++) memcpy(out + 4 * (v * kG + r), rows[r] + at + 4 * v, 4);
   }
-}
-INLINE void splat_pair(const float *p, V *out) {
-  out[0] = set1(p[0]);
-  out[1] = set1(p[1]);
 }
 
 // Two products of at most 128 * 127 fit 16 bits, so each vector is widened at once.
@@ -186,7 +168,6 @@ INLINE void byte_dots(const uint8_t *codes, const int8_t *q, const float *, int6
 
 constexpr size_t kPrefetchDistance = 1536;
 constexpr int kMaxTileTokens = 4; // tokens per integer tile
-constexpr int kLowTokens = 2;     // tokens per row of the head's low plane
 constexpr int kFloatGroups = 2, kFloatTokens = 3;
 constexpr int kScoreRows = 2, kScorePages = 1; // attention register blocks
 constexpr int kValueRows = 2, kValueVectors = 2;

@@ -17,6 +17,7 @@ from kernel_harness import (
     aligned,
     even_up,
     gemv,
+    pack,
     quantize,
     same_bits,
 )
@@ -101,27 +102,51 @@ def high_part(head: Head, a: Input) -> Array:
     return plane_product(head.kernels, head.high, head.cols, a.q, a.scale * np.float32(16), sums)
 
 
+def low_group(head: Head, first: int, count: int, rows: Array | None = None) -> Array:
+    """Rows of the low plane as one packed group."""
+    out = aligned(18 * head.kernels.group_rows * (head.cols // 32), np.uint8, 0xFF)
+    head.kernels.low_group(head.high, head.low, head.cols, rows, first, count, out)
+    return out
+
+
+def low_rows(head: Head) -> Array:
+    """The low plane as Q4_0 rows of a file: what low_group has to pack."""
+    blocks = head.cols // 32
+    rows = head.low.reshape(len(head.rows), -1)
+    scales = rows[:, : 2 * blocks].reshape(len(rows), blocks, 2)
+    codes = rows[:, 2 * even_up(blocks, 2) :][:, : 16 * blocks].reshape(len(rows), blocks, 16)
+    return np.ascontiguousarray(np.concatenate([scales, codes], axis=2).reshape(len(rows), -1))
+
+
 def logits(head: Head, a: Input, rows: Array | None = None) -> Array:
-    """Exact logits of some rows: the high part, and head_low on top."""
+    """Exact logits of some rows: the high part, and the low part on top."""
     picks = np.arange(len(head.rows)) if rows is None else rows
-    y = aligned(len(picks))
-    y[:] = high_part(head, a)[picks]
-    off = a.total * np.float32(-7.5)
-    head.kernels.head_low(head.high, head.low, head.cols, picks, a.q, a.scale, off, y)
+    y = high_part(head, a)[picks]
+    for at in range(0, len(picks), head.kernels.group_rows):
+        some = picks[at : at + head.kernels.group_rows]
+        group = low_group(head, 0, len(some), some)
+        low = plane_product(head.kernels, group, head.cols, a.q, a.scale, a.total * np.float32(-7.5))
+        y[at : at + len(some)] += low[: len(some)]
     return y
 
 
-def all_logits(head: Head, inputs: list[Input], first: int, count: int) -> Array:
-    """Exact logits (tokens, count) of neighbouring rows, of several tokens at once."""
-    y = aligned((len(inputs), count))
-    for t, a in enumerate(inputs):
-        y[t] = high_part(head, a)[first : first + count]
-    head.kernels.head_low_many(
-        head.high, head.low, head.cols, first, len(inputs), np.concatenate([a.q for a in inputs]),
-        np.concatenate([a.scale for a in inputs]),
-        np.concatenate([a.total * np.float32(-7.5) for a in inputs]), y.reshape(-1),
-    )  # fmt: skip
-    return y
+@pytest.mark.parametrize("num_rows,cols", [(1, 32), (7, 64), (40, 96), (33, 576), (50, 1536)])
+def test_groups_of_the_low_plane_are_packed_rows(isa: str, num_rows: int, cols: int) -> None:
+    """The same bytes as packing the rows one would have in a file, neighbouring or picked."""
+    head = make_head(isa, num_rows, cols)
+    g, file = head.kernels.group_rows, low_rows(head)
+    for first in range(0, num_rows, g):
+        count = min(g, num_rows - first)
+        last = np.minimum(np.arange(first, first + g), num_rows - 1)  # spare lanes repeat the last row
+        found = low_group(head, first, count).reshape(cols // 32, -1)
+        want = pack(LAYOUTS["q4_0"], g, file[last], cols).reshape(cols // 32, -1)
+        assert np.array_equal(found[:, 2 * g :], want[:, 2 * g :])
+        assert np.array_equal(found[:, : 2 * count], want[:, : 2 * count])
+    rng = np.random.default_rng(cols)
+    for count in range(1, g + 1):
+        picks = rng.integers(0, num_rows, count)
+        spare = np.concatenate([picks, np.full(g - count, picks[-1])])
+        assert np.array_equal(low_group(head, 0, count, picks), pack(LAYOUTS["q4_0"], g, file[spare], cols))
 
 
 @pytest.mark.parametrize("num_rows,cols", [(1, 32), (7, 64), (16, 96), (33, 576), (50, 1536)])
@@ -154,17 +179,6 @@ def test_the_low_part_of_a_row_has_one_set_of_bits(isa: str, cols: int) -> None:
         want = logits(head, a)
         for picks in ([0], [3, 3, 70, 5], list(range(75)), [74, 17, 16, 15, 9, 8, 7]):
             assert same_bits(logits(head, a, np.array(picks)), want[picks])
-
-
-@pytest.mark.parametrize("cols", [32, 96, 512, 576])
-def test_many_tokens_have_the_bits_of_one(isa: str, cols: int) -> None:
-    head = make_head(isa, 75, cols)
-    inputs = [random_input(head, seed) for seed in range(9)]
-    want = np.stack([logits(head, a) for a in inputs])
-    for tokens in range(1, 10):
-        for first, count in ((0, 75), (17, 31), (74, 1)):
-            found = all_logits(head, inputs[:tokens], first, count)
-            assert same_bits(found, want[:tokens, first : first + count])
 
 
 @pytest.mark.parametrize("cols", [64, 576])
