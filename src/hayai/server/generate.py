@@ -130,7 +130,10 @@ class Generation(Response):
 
     async def _serve(self, receive: Receive, send: Send) -> None:
         num_choices = self._job.num_choices
-        self._gate.check(num_choices)
+        try:
+            self._gate.check(num_choices)  # others may have come in while the prompt was tokenised
+        except ApiError as error:
+            raise self._settled(error) from None
         run = self._stream if self._job.stream else self._answer
         work = asyncio.create_task(run(send))
         watch = asyncio.create_task(_disconnect(receive))
@@ -144,9 +147,12 @@ class Generation(Response):
                 task.cancel()
             await asyncio.gather(work, watch, awake, return_exceptions=True)
             self._gate.leave(work, num_choices)
+        if self._transport is not None:
+            _abort_if_stalled(self._transport)
         if gone:
             if watch.cancelled() and self._transport is not None:
                 self._transport.abort()  # it stopped reading, so it would not read an end either
+                await _disconnect(receive)
             return
         if work.cancelled():
             await self._fail(shutting_down(), send)
@@ -250,7 +256,7 @@ class Generation(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self._head_lines(_SSE_HEADERS)})
 
     async def _keep_awake(self, send: Send) -> None:
-        """Ping a stream that is silent; return when its reader has taken nothing for too long."""
+        """Ping a stream that is silent; return when the reader has taken nothing for too long."""
         loop = asyncio.get_running_loop()
         self._last_sent = loop.time()
         while True:
@@ -355,6 +361,18 @@ def _check_finished(chunk: TextChunk) -> None:
         raise shutting_down()
     if chunk.finish_reason == "timeout":
         raise ApiError(504, "the request's deadline passed before it was done", code="deadline_exceeded")
+
+
+def _abort_if_stalled(transport: asyncio.WriteTransport, left_before: int | None = None) -> None:
+    """Close a connection on which the rest of an answer has not moved for `STALL_SECONDS`: what waits in its
+    buffer would wait for ever."""
+    left = transport.get_write_buffer_size()
+    if left == 0 or transport.is_closing():
+        return
+    if left == left_before:
+        transport.abort()
+        return
+    asyncio.get_running_loop().call_later(STALL_SECONDS, _abort_if_stalled, transport, left)
 
 
 async def _disconnect(receive: Receive) -> None:
