@@ -132,8 +132,8 @@ class Generation(Response):
         num_choices = self._job.num_choices
         try:
             self._gate.check(num_choices)  # others may have come in while the prompt was tokenised
-        except ApiError as error:
-            raise self._settled(error) from None
+        except ApiError as refused:
+            raise self._settled(refused) from None
         run = self._stream if self._job.stream else self._answer
         work = asyncio.create_task(run(send))
         watch = asyncio.create_task(_disconnect(receive))
