@@ -21,7 +21,7 @@ from hayai.server.errors import ApiError
 from hayai.server.files import EXPIRES_RANGE, Page, find_file
 from hayai.server.handle import read_body
 from hayai.server.openai_routes import json_response
-from hayai.server.schema import takes
+from hayai.server.schema import takes, takes_query
 
 MAX_OPEN = 100
 """Batches of one tenant that are not over."""
@@ -114,6 +114,7 @@ class _Batches:
         self.runner.wake()
         return json_response(batch_card(batch))
 
+    @takes_query(limit={"type": "integer", "minimum": 1, "maximum": MAX_PAGE}, after={"type": "string"})
     async def list(self, request: Request) -> Response:
         """The caller's batches, newest first (limit, after)."""
         principal = self.context.access.authenticate(request.headers)

@@ -22,7 +22,7 @@ from hayai.server.batch_store import BatchStore, StoredFile
 from hayai.server.context import ServerContext
 from hayai.server.errors import ApiError
 from hayai.server.openai_routes import json_response
-from hayai.server.schema import takes_form
+from hayai.server.schema import takes_form, takes_query
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartParser
@@ -97,6 +97,12 @@ class _Files:
             raise
         return json_response(file_card(file))
 
+    @takes_query(
+        limit={"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
+        after={"type": "string"},
+        order={"enum": ["asc", "desc"]},
+        purpose={"type": "string"},
+    )
     async def list(self, request: Request) -> Response:
         """The caller's files, newest first (limit, order, after, purpose)."""
         principal = self.context.access.authenticate(request.headers)

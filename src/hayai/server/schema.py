@@ -13,6 +13,7 @@ import hayai
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 _BODY = "hayai_body"
 _FORM = "hayai_form"
+_QUERY = "hayai_query"
 
 
 def takes(model: type[BaseModel]) -> Callable[[Endpoint], Endpoint]:
@@ -30,6 +31,16 @@ def takes_form(schema: dict[str, Any]) -> Callable[[Endpoint], Endpoint]:
 
     def mark(endpoint: Endpoint) -> Endpoint:
         setattr(endpoint, _FORM, schema)
+        return endpoint
+
+    return mark
+
+
+def takes_query(**schemas: dict[str, Any]) -> Callable[[Endpoint], Endpoint]:
+    """Decorator: the endpoint's query parameters, none of them required, as JSON schemas by name."""
+
+    def mark(endpoint: Endpoint) -> Endpoint:
+        setattr(endpoint, _QUERY, schemas)
         return endpoint
 
     return mark
@@ -56,6 +67,8 @@ def describe_api(routes: Sequence[BaseRoute]) -> dict[str, Any]:
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
             for name in route.param_convertors
         ]
+        query: dict[str, Any] = getattr(route.endpoint, _QUERY, {})
+        entry["parameters"] += [{"name": n, "in": "query", "schema": schema} for n, schema in query.items()]
         for method in (route.methods or set()) - {"HEAD"}:
             paths.setdefault(path, {})[method.lower()] = entry
     info = {"title": "Hayai", "version": hayai.__version__}
