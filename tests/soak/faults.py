@@ -134,7 +134,7 @@ async def one_life(server: Server, batch_id: str, rng: Random, seed: str) -> tup
     clients = asyncio.create_task(load(server, seed, until))
     start = (await asyncio.to_thread(batch_of, server, batch_id))["request_counts"]
     begun = start["completed"] + start["failed"]
-    wanted = begun + rng.randint(5, LINES // 40)
+    wanted = begun + rng.randint(3, 20)
     end = time.monotonic() + 60
     while time.monotonic() < end:
         batch = await asyncio.to_thread(batch_of, server, batch_id)
