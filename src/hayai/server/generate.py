@@ -99,6 +99,9 @@ class Generation(Response):
             self._transport = (scope.get("extensions") or {}).get(TRANSPORT, {}).get("transport")
             self._direct = self._direct_stream(scope)
             await self._serve(receive, send)
+        except Exception as error:
+            self._settled(error)
+            raise
         finally:
             self._settle("cancelled")
             if self._direct is not None:
@@ -130,10 +133,7 @@ class Generation(Response):
 
     async def _serve(self, receive: Receive, send: Send) -> None:
         num_choices = self._job.num_choices
-        try:
-            self._gate.check(num_choices)  # others may have come in while the prompt was tokenised
-        except ApiError as refused:
-            raise self._settled(refused) from None
+        self._gate.check(num_choices)  # others may have come in while the prompt was tokenised
         run = self._stream if self._job.stream else self._answer
         work = asyncio.create_task(run(send))
         watch = asyncio.create_task(_disconnect(receive))
