@@ -42,6 +42,9 @@ FIELDS = FieldTable(
         "prompt": ("prompt templates are not stored", ()),
         "truncation": ("no input is cut: one that is too long is an error", ("disabled",)),
         "moderation": ("this server has no moderation model", ()),
+        "background_options": ("a response runs while its client waits", ()),
+        "access_programs": ("access belongs to the key", ([],)),
+        "image": ("answers are plain text", ()),
     },
 )
 
