@@ -130,10 +130,10 @@ class _Responses:
         return _all_items(await self._chain(principal, response_id, "previous_response_id"))
 
     def _keeper(self, principal: Principal, form: Form) -> Keep:
-        # slow: SQLAlchemy, which only stored responses need
-        from hayai.server.responses_store import StoredResponse
-
         def put(body: dict[str, Any]) -> None:
+            # slow: SQLAlchemy, which only stored responses need; here, on a thread, the loop goes on meanwhile
+            from hayai.server.responses_store import StoredResponse
+
             items = [dict(item) for item in form.items]
             self._opened().put(principal.tenant, StoredResponse(body["id"], body, items, form.previous))
 
