@@ -131,7 +131,7 @@ class _Responses:
 
     def _keeper(self, principal: Principal, form: Form) -> Keep:
         def put(body: dict[str, Any]) -> None:
-            # slow: SQLAlchemy, which only stored responses need; here, on a thread, the loop goes on meanwhile
+            # slow: SQLAlchemy, which only stored responses need; imported on this thread, not the loop
             from hayai.server.responses_store import StoredResponse
 
             items = [dict(item) for item in form.items]
