@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -366,6 +367,16 @@ def test_a_wrong_field_is_named(param: str, fields: dict[str, Any], text: str) -
         parse(**fields)
     assert caught.value.param == param and caught.value.code
     assert text in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_server_answers_each_with_400_in_the_apis_form(http: httpx.Client) -> None:
+    for param, fields, _ in BAD:
+        body = {"max_tokens": 8, "messages": HELLO} | fields
+        reply = http.post("/v1/messages", json=body)
+        assert reply.status_code == 400, (param, reply.text)
+        answer = reply.json()
+        assert answer["type"] == "error" and answer["request_id"] == reply.headers["request-id"]
+        assert (answer["error"]["type"], answer["error"]["param"]) == ("invalid_request_error", param)
 
 
 def test_count_tokens_takes_what_makes_the_prompt() -> None:
