@@ -76,8 +76,9 @@ def start_server(model: Path, folder: Path, *options: str) -> Server:
     log = folder / f"server-{time.monotonic_ns()}.log"
     command = [sys.executable, "-m", "hayai.cli.main", "serve", "--port", "0", "--model", str(model)]
     command += ["--state-dir", str(folder), "--database", str(folder / "hayai.db"), *options]
+    environment = os.environ | {"MALLOC_ARENA_MAX": "2"}  # as deploy/ has it
     with open(log, "wb") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=dict(os.environ))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment)
     assert process.stdout is not None
     for line in process.stdout:
         found = re.search(rb"listening on http://([\d.]+):(\d+)", line)
