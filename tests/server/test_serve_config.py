@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -182,7 +183,8 @@ class Stream:
         assert self._begun.wait(20)
 
     def _read(self) -> None:
-        with httpx.stream("POST", self._url, json=self._body, timeout=30) as reply:
+        cut = contextlib.suppress(httpx.RemoteProtocolError)  # by a server that did not wait
+        with cut, httpx.stream("POST", self._url, json=self._body, timeout=30) as reply:
             for text in reply.iter_text():
                 self.text += text
                 self._begun.set()
