@@ -100,6 +100,8 @@ def test_gaps_inside_a_chunk_are_not_made_up() -> None:
     merged = request(0.0, (1.0, 3.0), tokens=3)
     stats = measure([merged, *TWO])
     assert merged.tpot == 1.0
+    assert merged.gaps == () and merged.pauses == (2.0,)
+    assert TWO[0].pauses == TWO[0].gaps == (0.5, 0.5, 1.0)
     assert stats.itl.n == 4 and stats.unseen_gaps == 1
     assert stats.tokens_per_chunk == pytest.approx(9 / 8)
 

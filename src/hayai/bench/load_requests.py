@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -73,6 +74,12 @@ class Request:
         if len(self.times) != self.num_tokens:
             return ()
         return tuple(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+
+    @property
+    def pauses(self) -> tuple[float, ...]:
+        """Gaps between successive chunks with text, in seconds: the token gaps where every token is a chunk,
+        and never less than them where one showed no text of its own."""
+        return tuple(b - a for a, b in itertools.pairwise(self.times))
 
 
 def read(exchange: Exchange, dialect: Dialect, *, stream: bool = True, forced: bool = True) -> Request:
