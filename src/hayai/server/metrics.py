@@ -196,6 +196,11 @@ class Metrics:
         return generate_latest(self.registry)
 
     @property
+    def loaded(self) -> bool:
+        """Whether the registry's packages have been imported."""
+        return self._registry is not None
+
+    @property
     def registry(self) -> CollectorRegistry:
         """Our own registry: this object, and what the system knows of the process."""
         if self._registry is None:

@@ -6,6 +6,7 @@ the model. /metrics reads counters that are kept anyway.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -60,7 +61,10 @@ class _Ops:
             if principal.tenant != self.context.config.metrics_tenant:
                 message = "this key may not read the metrics (they show every tenant): see metrics_tenant"
                 raise ApiError(403, message, code="not_allowed")
-        return Response(self.context.metrics.exposition(), media_type=CONTENT_TYPE)
+        metrics = self.context.metrics
+        if not metrics.loaded:
+            await asyncio.to_thread(lambda: metrics.registry)  # its import would hold the event loop up
+        return Response(metrics.exposition(), media_type=CONTENT_TYPE)
 
 
 def _is_local(request: Request) -> bool:
