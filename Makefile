@@ -16,6 +16,8 @@ PORT ?= 8000
 ARGS ?=
 FUZZ_SECONDS ?= 120
 FUZZ_CASES ?= 10000
+API_SECONDS ?= 300
+SOAK_REQUESTS ?= 10000
 
 BUILD_ENV := build/env
 WHEEL_STAMP := build/wheel/.stamp
@@ -25,10 +27,10 @@ NATIVE = $(shell find native -name '*.cpp' -o -name '*.h')
 PIP := -m pip --disable-pip-version-check --quiet
 RUN = $(VENV)/bin/python
 
-.PHONY: help serve chat model test lint format bench wheel fuzz asan clean
+.PHONY: help serve chat model test test-npm lint format bench wheel fuzz fuzz-api soak faults asan clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 17
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 17
 	@echo 'Variables: MODEL=FILE.gguf HOST= PORT= ARGS="..." PYTHON=python3.12 VENV=folder'
 
 serve: $(VENV)/.stamp-package ## install, fetch the default model, serve it on 127.0.0.1:8000
@@ -44,6 +46,9 @@ model: $(VENV)/.stamp-package ## fetch the default model into the cache
 
 test: $(VENV)/.stamp-dev model ## run the tests against the installed package
 	$(RUN) -m pytest $(ARGS)
+
+test-npm: $(VENV)/.stamp-dev model ## the official npm package of OpenAI against a real server (needs node and npm)
+	$(RUN) -m pytest tests/server/npm_openai.py $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## ruff, mypy, clang-format, and who may import whom
 	$(RUN) -m ruff check
@@ -70,6 +75,15 @@ wheel: $(WHEEL_STAMP) ## a wheel in dist/ that installs without a compiler
 
 fuzz: $(VENV)/.stamp-dev ## hostile GGUF files (FUZZ_SECONDS, FUZZ_CASES)
 	$(RUN) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS) --cases $(FUZZ_CASES) --backend cpu $(ARGS)
+
+fuzz-api: $(VENV)/.stamp-dev ## bodies made from the API's schema: no endpoint may answer 500 (API_SECONDS)
+	$(RUN) tests/soak/fuzz_api.py --seconds $(API_SECONDS) $(ARGS)
+
+soak: $(VENV)/.stamp-dev model ## requests that cancel, stall, disconnect: memory, KV pages and ledger (SOAK_REQUESTS)
+	$(RUN) tests/soak/soak.py --requests $(SOAK_REQUESTS) $(ARGS)
+
+faults: $(VENV)/.stamp-dev model ## kill -9 in mid-load and in batches, and ten times the capacity
+	$(RUN) tests/soak/faults.py $(ARGS)
 
 # The sanitised core goes before the installed one on the path. Leaks are the interpreter's own, by design. libstdc++
 # is loaded with the sanitiser, which looks for the function that throws before Python loads the core.

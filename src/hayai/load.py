@@ -9,12 +9,12 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from hayai.backends.base import BLOCK_SIZE, KV_FORMATS, Backend, Limits, Runner
+from hayai.backends.base import BLOCK_SIZE, KV_FORMATS, Backend, Limits, Runner, kv_bytes_per_token
 from hayai.config import EngineConfig, Environment, ModelConfig, read_environment
 from hayai.engine.engine import Engine
 from hayai.engine.pacing import DECODE_STEPS, Pacer
@@ -250,21 +250,6 @@ def _check_budget(config: EngineConfig, limits: Limits, runner: Runner) -> None:
                 f"kv_bytes is {config.kv_bytes}, but its {limits.num_blocks} blocks take {taken:.0f} on the "
                 f"{config.backend} backend: size the cache by kv_tokens"
             )
-
-
-def kv_bytes_per_token(groups: Iterable[CacheGroup], kv_format: str) -> int:
-    """Bytes that the caches keep per position (states, which do not grow, left out)."""
-    total = 0
-    for group in groups:
-        if group.kind != "state":
-            heads = group.num_heads if group.kind in ("full", "window") else 1
-            sizes = [group.key_dim] if group.kind == "index" else [group.key_dim, group.value_dim]
-            total += group.num_layers * heads * sum(_KV_BYTES[kv_format](size) for size in sizes)
-    return total
-
-
-_KV_BYTES: Mapping[str, Callable[[int], int]] = {"f16": lambda size: 2 * size, "q8": lambda size: size + 2}
-"""Bytes of one head's vector; see backends.base.KV_FORMATS."""
 
 
 def _prefix_cache(config: EngineConfig, engine: Engine) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hayai.backends.cores import Cores, cpu_quota, find_cores
 from hayai.cli import machine
 from hayai.cli.console import human_bytes, print_error, speed_line
 from hayai.engine.request import RequestTiming
@@ -65,14 +66,14 @@ def test_extensions_need_all_their_flags(tmp_path: Path) -> None:
     ],
 )
 def test_cpu_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
-    assert machine.cpu_quota(tree(tmp_path, files)) == quota
+    assert cpu_quota(tree(tmp_path, files)) == quota
 
 
 def test_usable_cores_are_at_least_one() -> None:
-    assert machine.Cores(8, 4, None).usable == 4
-    assert machine.Cores(8, 4, 2.0).usable == 2
-    assert machine.Cores(8, 4, 0.2).usable == 1
-    assert machine.cores().usable >= 1
+    assert Cores(8, 4, None).usable == 4
+    assert Cores(8, 4, 2.0).usable == 2
+    assert Cores(8, 4, 0.2).usable == 1
+    assert find_cores().usable >= 1
 
 
 def test_memory_and_huge_pages(tmp_path: Path) -> None:

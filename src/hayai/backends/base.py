@@ -6,7 +6,7 @@ executes one step per call. All arrays are numpy, C-contiguous. T tokens, S sequ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,13 +25,23 @@ KV_FORMATS = ("f16", "q8")
 What is stored is finite: numbers beyond a format, and NaN, become its largest (65504; q8: 127 times that)."""
 
 
+KV_VECTOR_BYTES: Mapping[str, Callable[[int], int]] = {
+    "f16": lambda size: 2 * size,
+    "q8": lambda size: size + 2,
+}
+"""Bytes of one head's key or value of `size` numbers."""
+
+
 def kv_bytes_per_token(groups: Iterable[CacheGroup], kv_format: str = "f16") -> int:
-    """Bytes of one token's keys and values in these cache groups, of kinds full and window."""
-    element, scales = {"f16": (2, 0), "q8": (1, 4)}[kv_format]
-    return sum(
-        group.num_layers * group.num_heads * (element * (group.key_dim + group.value_dim) + scales)
-        for group in groups
-    )
+    """Bytes that the caches keep per position; states, which do not grow, are left out."""
+    size_of = KV_VECTOR_BYTES[kv_format]
+    total = 0
+    for group in groups:
+        if group.kind != "state":
+            heads = group.num_heads if group.kind in ("full", "window") else 1
+            sizes = [group.key_dim] if group.kind == "index" else [group.key_dim, group.value_dim]
+            total += group.num_layers * heads * sum(map(size_of, sizes))
+    return total
 
 
 @dataclass(frozen=True)

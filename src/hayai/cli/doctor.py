@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 import hayai
+from hayai.backends.cores import Cores, find_cores
 from hayai.cli import machine
 from hayai.cli.console import human_bytes
 from hayai.config import Environment, read_environment
@@ -66,7 +67,7 @@ def examine(*, quick: bool) -> Iterator[Finding]:
     )
     yield _processor()
     yield _core(native, environment)
-    cores = machine.cores()
+    cores = find_cores()
     yield _cores(cores, environment)
     yield _memory()
     yield _huge_pages()
@@ -98,7 +99,7 @@ def _core(native: ModuleType | None, environment: Environment) -> Finding:
     return Finding("core", state, f"{isa} kernels{lowered}", data={"isa": isa})
 
 
-def _cores(cores: machine.Cores, environment: Environment) -> Finding:
+def _cores(cores: Cores, environment: Environment) -> Finding:
     quota = "no quota" if cores.quota is None else f"quota of {cores.quota:g}"
     text = f"{cores.usable} usable: {cores.online} online, {cores.allowed} in our affinity mask, {quota}"
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
+from hayai.backends.base import kv_bytes_per_token
 from hayai.cli.console import human_bytes
 from hayai.config import ModelConfig, read_environment
 from hayai.formats import FORMATS
-from hayai.load import kv_bytes_per_token
 from hayai.models.registry import build_plans
 from hayai.plan.plan import Plan
 from hayai.plan.validate import dump

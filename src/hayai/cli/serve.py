@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from hayai.server.tls import certificate_of
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 SECONDS = click.FloatRange(min=0.0)
+M_ARENA_MAX = -8
+"""mallopt's number for the most arenas (glibc's malloc.h)."""
 
 
 class SettingOption(click.Option):
@@ -184,12 +187,13 @@ def command(
     """
     resolved = resolve(read_environment(), file, _given(click.get_current_context()), _parse_aliases(aliases))
     config = resolved.server
+    few_malloc_arenas()
     certificate = certificate_of(config)
     with closing(open_access(config)) as access:
         sock = bind(config, keyed=access.keyed, allow_remote=allow_remote)
         with sock:
             loaded = load_engine(resolved.engine, pull=pull)
-            frontend = Frontend(loaded)
+            frontend = Frontend(loaded, config.limits)
             url = url_of(sock, tls=certificate is not None)
             print_configuration(loaded, resolved, access)
             app = create_app(frontend, config, access)
@@ -225,6 +229,13 @@ def _parse_aliases(texts: tuple[str, ...]) -> dict[str, str]:
         if not name or not model:
             raise click.BadParameter(f"must be NAME=MODEL: {name!r}", param_hint="--alias")
     return {name: model for name, _, model in parts}
+
+
+def few_malloc_arenas() -> None:
+    """Two arenas of glibc's malloc instead of eight per core: threads that come and go would leave memory
+    behind in each (docs/operating.md). Elsewhere nothing is done."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def print_configuration(loaded: LoadedModel, resolved: Resolved, access: Access) -> None:
