@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from hayai.bench.cases import DECODE_PROMPT, Outcome
+from hayai.bench.inprocess import kv_tokens
 from hayai.bench.peers import Installation, PeerFailure, PeerSpec, Variant, server_binary
 from hayai.bench.servers import Server, Streamed, start_hayai, start_llama
 from hayai.bench.session import Session
@@ -33,8 +34,13 @@ def open_servers(session: Session) -> Iterator[list[Server]]:
     options = session.options
     context = max(TTFT_PROMPTS[-1] + TTFT_TOKENS, DECODE_PROMPT + options.sizes.decode_tokens + 1, 2048)
     model = str(session.files["same"])
-    servers = [start_hayai(model, options.threads, context, session.logs / "hayai-serve.log")]
+    room = kv_tokens(context)
+    kv_bytes = int(room * kv_bytes_per_token(session))
+    more = ["--kv-bytes", str(kv_bytes)] if kv_bytes else []
+    servers = [start_hayai(model, options.threads, context, session.logs / "hayai-serve.log", more)]
     try:
+        for _ in range(-(-room // (context - 1))):  # as HayaiSide.touch_cache
+            servers[0].stream(session.prompts.ids(context - 2), 1)
         spec = session.specs["llama-server"]
         if spec.name in session.installations:
             for file in (f for f in spec.files if f in session.files):
@@ -44,6 +50,12 @@ def open_servers(session: Session) -> Iterator[list[Server]]:
     finally:
         for server in servers:
             server.close()
+
+
+def kv_bytes_per_token(session: Session) -> float:
+    """Of our cache, as our engine in this process says; 0 where its backend doesn't."""
+    said = session.ours.loaded.engine.runner.describe().get("kv_bytes_per_token", 0)
+    return float(said) if isinstance(said, (int, float)) else 0.0
 
 
 @contextlib.contextmanager

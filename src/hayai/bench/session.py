@@ -171,6 +171,8 @@ def open_session(options: SpeedOptions, raw: Sequence[RawCase], say: Say) -> Ite
     try:
         session = _session(options, ours, say)
         session.identity["load_seconds"] = time.perf_counter() - began
+        if options.backend == "cpu":
+            ours.touch_cache(session.prompts)
         try:
             if raw:
                 _start_peers(session, raw)
