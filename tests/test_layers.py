@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "src" / "hayai"
 
-BOTTOM = ("errors", "config", "formats")
+BOTTOM = ("errors", "config", "formats", "logs")
 FRONTEND = (
     "errors",
     "config",
@@ -27,6 +27,7 @@ FRONTEND = (
 BENCH = ("", "errors", "config", "frontend")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "logs": (),
     "config": ("errors",),
     "config_file": ("errors", "config"),
     "formats": ("errors",),
@@ -37,7 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "backends": (*BOTTOM, "plan"),
     "backends.cpu": (*BOTTOM, "plan", "_native"),
     "backends.cpu_build": (*BOTTOM, "plan", "_native"),
-    "engine": ("errors", "config", "plan.plan", "backends.base"),
+    "engine": ("errors", "config", "logs", "plan.plan", "backends.base"),
     "load": (*BOTTOM, "plan", "models", "weights", "text", "backends", "engine"),
     "frontend": FRONTEND,
     "frontend_answer": FRONTEND,
@@ -51,6 +52,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server": ("errors", "config", "frontend", "frontend_request", "engine.request", ""),
     "bench": BENCH,
     "bench.claims": (*BENCH, "formats", "plan", "models", "weights.gguf"),
+    "bench.claim": (*BENCH, "plan"),
+    "bench.claim_models": (*BENCH, "formats", "plan", "models", "weights.gguf"),
     "bench.inprocess": (*BENCH, "load", "engine.request", "backends.base", "_native"),
     "cli": ("",),
 }
@@ -61,7 +64,7 @@ NEVER = {"torch", "triton", "transformers", "llama_cpp"}
 """Packages that no layer may need: an install for the CPU is numpy and our own wheel."""
 
 LAZY = {
-    "asyncio", "hashlib", "readline", "rich", "uvloop",
+    "asyncio", "hashlib", "logging", "readline", "rich", "uvloop",
     "hayai._native", "hayai.api", "hayai.backends", "hayai.bench",
     "hayai.frontend_answer", "hayai.frontend_async", "hayai.text.budget", "hayai.text.sandbox",
     "hayai.text.tool_prompt", "hayai.weights.download", "tokenizers",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from hayai.backends.base import (
 from hayai.backends.cores import find_cores
 from hayai.backends.cpu_build import BLOCK, LAYOUTS, ProgramBuilder, Report
 from hayai.errors import ConfigError, PlanError
+from hayai.logs import log
 from hayai.plan.plan import Plan, WeightSlot
 
 SPEC_DTYPE = np.dtype(
@@ -39,8 +39,6 @@ MAX_CACHED_SPECS = 256
 OVERSUBSCRIPTION = 8
 """Most threads per usable core. More would only wait for each other, for minutes where it is hundreds."""
 
-logger = logging.getLogger("hayai")
-
 
 def thread_count(asked: int | None) -> int:
     """Compute threads: the usable cores, or what is asked for, within OVERSUBSCRIPTION of them."""
@@ -52,7 +50,7 @@ def thread_count(asked: int | None) -> int:
     threads = min(asked, OVERSUBSCRIPTION * usable)
     if asked > usable:
         kept = f"; {threads} are used" if threads < asked else ""
-        logger.warning("%d threads are more than the %d usable cores%s", asked, usable, kept)
+        log("warning", "hayai", "%d threads are more than the %d usable cores%s", asked, usable, kept)
     return threads
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +15,9 @@ from hayai.backends.base import BLOCK_SIZE, Limits, WeightSource
 from hayai.backends.rope import rope_frequencies
 from hayai.errors import PlanError
 from hayai.formats import QuantTensor
+from hayai.logs import log
 from hayai.plan import ops
 from hayai.plan.plan import Plan
-
-logger = logging.getLogger("hayai")
 
 Fields = dict[str, Any]
 """Keyword arguments of one native call."""
@@ -222,7 +220,7 @@ class ProgramBuilder:
         self._calibrate()
         _native.release_free_memory()  # of reading and packing: the KV cache will want as much
         for name, count in self.report.expanded.items():
-            logger.warning(
+            log("warning", "hayai",
                 "%d tensors of format %s have no packed layout here and were expanded to f32; layouts: %s",
                 count, name, ", ".join(LAYOUTS),
             )  # fmt: skip

@@ -16,7 +16,6 @@ seconds the service is dead for good and says so (`failure`, `on_death`): a proc
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from queue import Empty, SimpleQueue
 from hayai.engine.engine import Engine
 from hayai.engine.request import EngineRequest, TokenEvent
 from hayai.errors import RequestError
+from hayai.logs import log
 
 OnEvent = Callable[[TokenEvent], None]
 
@@ -35,8 +35,6 @@ CLOSE_SECONDS = 30.0
 MAX_CRASHES = 3
 CRASH_WINDOW = 60.0
 """Seconds. The crash that fills this window up is the last one."""
-
-_log = logging.getLogger("hayai.engine")
 
 
 class EngineError(Exception):
@@ -242,7 +240,9 @@ class EngineService:
         if len(self._crashes) >= MAX_CRASHES:
             self._die(error)
             return False
-        _log.error("the engine crashed and starts again: %s", _reason(error), exc_info=error)
+        log(
+            "error", "hayai.engine", "the engine crashed and starts again: %s", _reason(error), exc_info=error
+        )
         self._deliver(self._events)  # of the step before, which was sound
         self._events = []
         try:
@@ -262,7 +262,7 @@ class EngineService:
 
     def _die(self, error: BaseException) -> None:
         """The engine broke for good: no request is left waiting, none is accepted any more."""
-        _log.critical("the engine has stopped: %s", _reason(error), exc_info=error)
+        log("critical", "hayai.engine", "the engine has stopped: %s", _reason(error), exc_info=error)
         with self._lock:
             self._dead = _reason(error)
         self._finish_all("error", self._dead)
