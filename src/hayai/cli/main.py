@@ -29,6 +29,7 @@ VERBS = {
     "inspect": "Show what is in a model file, and what it needs.",
     "doctor": "Check this machine: processor, memory, speed, what is missing.",
     "bench": "Measure speed, beside other engines in the same run.",
+    "claim": "Say whether a speed claim is physically possible.",
 }
 """Verb -> one line of help. Verb X is the click command `command` of hayai.cli.X."""
 
