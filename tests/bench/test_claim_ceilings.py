@@ -184,6 +184,8 @@ def test_verdicts_on_both_sides_of_the_limits() -> None:
         for c in (bound.per_request - 1, bound.per_request + 1, bound.hard + 1)
     ]
     assert words == ["not excluded", "only with shared experts", "impossible"]
+    small = glm("h100")
+    assert [judge(small, ceiling(small), c).possible for c in (400, 700)] == ["does not fit", "impossible"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,18 @@ def test_mistakes_name_what_is_supported(hayai: Hayai, args: tuple[str, ...], co
     done = hayai("claim", *args)
     assert (done.returncode, done.stdout) == (code, "")
     assert error in done.stderr
+
+
+def doc_examples() -> list[tuple[str, str]]:
+    """(command, output) of every console block in docs/claims.md."""
+    text = (Path(__file__).parents[2] / "docs/claims.md").read_text()
+    return re.findall(r"```console\n\$ hayai ((?:[^\n]*\\\n)*[^\n]*)\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize(("command", "output"), doc_examples(), ids=lambda text: text[:40])
+def test_the_page_shows_what_the_program_says(hayai: Hayai, command: str, output: str) -> None:
+    assert hayai(*command.replace("\\\n", "").split()).stdout == output
+
+
+def test_the_page_has_examples() -> None:
+    assert len(doc_examples()) == 3

@@ -380,7 +380,11 @@ def footprint(setup: Setup) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """possible: 'impossible', 'not excluded' or 'only with shared experts'. share: claim over ceiling."""
+    """A claim against a ceiling; share = claim / ceiling. Times and plain_speed are what the claim asks for.
+
+    possible: 'impossible' above the hard limit, 'does not fit' the memory, 'only with shared experts' above
+    the ceiling, else 'not excluded'.
+    """
 
     claim: float
     possible: str
@@ -395,10 +399,10 @@ class Verdict:
 def judge(setup: Setup, bound: Ceiling, claim: float, base_speed: float | None = None) -> Verdict:
     """What `claim` tok/s of one request ask for. base_speed: measured tok/s without speculation."""
     share = claim / bound.per_request
-    possible = "not excluded"
+    possible = "does not fit" if bound.fits is False else "not excluded"
     if claim > bound.hard:
         possible = "impossible"
-    elif share > 1:
+    elif share > 1 and bound.fits is not False:
         possible = "only with shared experts"
     allowed = setup.tokens_per_step / claim
     plain = allowed / bound.step_cost
