@@ -111,6 +111,7 @@ def test_a_toml_of_model_config(tmp_path: Path) -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": 10**9}, "num_layers is 1000000000; supported: an integer from 1 to 4096"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
+        ({"model_type": "deepseek_v3"}, "num_experts, experts_per_token"),
     ],
 )
 def test_configs_that_are_refused(tmp_path: Path, change: dict[str, object], error: str) -> None:

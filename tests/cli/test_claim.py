@@ -48,6 +48,7 @@ def test_tables(hayai: Hayai, option: str) -> None:
         ((), 2, "give a MODEL, or one of --list"),
         (("glm-5.1",), 2, "give --hardware (a100, h100"),
         (("glm-5.1", "--hardware", "b200", "--bandwidth", "3"), 2, "give --hardware"),
+        (("glm-5.1", "--bandwidth", "inf"), 2, "'inf' is not a finite number"),
         (("glm-5.1", "--points"), 2, "give a MODEL, or one of"),
         (("gpt-9", "--hardware", "b200"), 1, "'gpt-9' is no shape that is known: glm-5.1"),
         (("glm-5.1", "--hardware", "b900"), 1, "hardware 'b900' is not in the table: a100"),

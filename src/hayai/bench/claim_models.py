@@ -39,6 +39,15 @@ LIMITS = {"num_layers": 4096, "num_experts": 16384, "num_dense_layers": 4096}
 """A plan has ops per layer and a name per expert: no file may ask for more of them than this."""
 
 
+LATENT = ("glm_moe_dsa", "glm4_moe_lite")
+LATENT_FIELDS = (
+    "num_experts", "experts_per_token", "moe_ffn_size",
+    "q_lora_rank", "kv_lora_rank", "qk_nope_dim", "qk_rope_dim", "value_dim",
+)  # fmt: skip
+INDEX_FIELDS = ("index_heads", "index_head_dim")
+"""What latent attention with experts, and its sparse index, can't do without."""
+
+
 @dataclass(frozen=True)
 class ClaimModel:
     """A model to count. bits: per weight and slot as a file stores them; None = a precision must be named.
@@ -109,7 +118,20 @@ def config_from_fields(row: Mapping[str, Any], where: str) -> ModelConfig:
         raise ModelError(
             f"{where}: architecture {fields['architecture']!r} has no plan; supported: {', '.join(SUPPORTED)}"
         )
-    return ModelConfig(**fields)
+    config = ModelConfig(**fields)
+    _check_parts(config, where)
+    return config
+
+
+def _check_parts(config: ModelConfig, where: str) -> None:
+    """Sizes that a part of the model can't be counted without."""
+    latent = config.architecture in LATENT
+    wanted = LATENT_FIELDS + (INDEX_FIELDS if config.index_topk else ()) if latent else ()
+    missing = [name for name in wanted if not getattr(config, name)]
+    if missing:
+        raise ModelError(f"{where}: {', '.join(missing)} missing; {config.architecture} needs them")
+    if latent and config.experts_per_token > config.num_experts:
+        raise ModelError(f"{where}: {config.experts_per_token} experts per token of {config.num_experts}")
 
 
 # ---------------------------------------------------------------- files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,24 @@ not excluded. docs/claims.md works through an example.
 """
 
 
+class Positive(click.FloatRange):
+    """A finite number above zero (or from `min` on): 'nan' and 'inf' are none that a speed can have."""
+
+    def __init__(self, low: float = 0.0, low_open: bool = True) -> None:
+        super().__init__(min=low, min_open=low_open)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
 @click.command(epilog=EXAMPLES)
 @click.argument("model", required=False)
-@click.option(
-    "--claim", type=click.FloatRange(min=0, min_open=True), help="Tok/s of one request, as claimed."
-)
+@click.option("--claim", type=Positive(), help="Tok/s of one request, as claimed.")
 @click.option("--hardware", metavar="NAME", help="A row of --list.")
-@click.option("--bandwidth", type=click.FloatRange(min=0, min_open=True), metavar="GB/S",
+@click.option("--bandwidth", type=Positive(), metavar="GB/S",
               help="Read bandwidth of one device, in place of --hardware.")  # fmt: skip
 @click.option("--devices", type=click.IntRange(1, 65536), default=1, show_default=True)
 @click.option("--parallel", type=click.Choice(tuple(PARALLEL)), default="tp", show_default=True,
@@ -65,14 +77,14 @@ not excluded. docs/claims.md works through an example.
               help="Positions that a new token sees.")  # fmt: skip
 @click.option("--drafts", type=click.IntRange(0, 64), default=0, show_default=True,
               help="Speculation: tokens drafted per step.")  # fmt: skip
-@click.option("--tokens-per-step", type=click.FloatRange(min=1),
+@click.option("--tokens-per-step", type=Positive(1.0, low_open=False),
               help="Speculation: tokens committed per step. [default: all drafts and one]")  # fmt: skip
-@click.option("--step-cost", type=click.FloatRange(min=1),
+@click.option("--step-cost", type=Positive(1.0, low_open=False),
               help="A speculative step over a plain one, measured. [default: counted]")  # fmt: skip
 @click.option("--external-draft", is_flag=True, help="Drafts come from elsewhere and cost nothing.")
-@click.option("--base-speed", type=click.FloatRange(min=0, min_open=True),
+@click.option("--base-speed", type=Positive(),
               help="Tok/s measured without speculation: says which acceptance a claim needs.")  # fmt: skip
-@click.option("--collective-us", type=click.FloatRange(min=0), default=0.0, show_default=True,
+@click.option("--collective-us", type=Positive(low_open=False), default=0.0, show_default=True,
               help="Latency of one all-reduce (or hand-over), in microseconds.")  # fmt: skip
 @click.option("--list", "show_list", is_flag=True, help="Models, precisions and hardware, with sources.")
 @click.option("--points", "show_points", is_flag=True, help="Public measured points against their ceilings.")
