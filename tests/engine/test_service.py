@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from queue import SimpleQueue
 
 import pytest
@@ -299,6 +300,25 @@ def test_a_listener_that_raises_loses_its_request_only(service: EngineService) -
     while service.engine.has_work and time.monotonic() < deadline:
         time.sleep(0.01)
     assert service.engine.stats().finished["abort"] == 1
+
+
+def test_a_listener_that_raises_beside_its_own_last_token() -> None:
+    """The step after the event is scheduled by then, and in it the sequence ends: it must not end twice."""
+    engine, _ = make_engine()
+    with closing(EngineService(engine)) as service:
+        for name in ("a", "b", "c"):
+            seen: list[TokenEvent] = []
+
+            def broken(event: TokenEvent, seen: list[TokenEvent] = seen) -> None:
+                seen.append(event)
+                if len(seen) == 2:
+                    raise RuntimeError("event loop is closed")
+
+            service.start()
+            service.submit(request(f"broken-{name}", [7], max_tokens=3), broken)
+            assert len(collect(service, name, [5], max_tokens=8)) == 8
+        assert service.alive
+    assert engine.stats().finished.get("error", 0) == 0
 
 
 def test_without_a_thread_the_caller_runs_the_steps() -> None:

@@ -95,8 +95,9 @@ def limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def command() -> None:
     """API keys, and the limits of the tenants that they belong to.
 
-    Limits are a tenant's: they hold for all its keys together. A running server follows every change within
-    about a second.
+    Limits are a tenant's: they hold for all its keys together. A server that runs with a database follows
+    every change within about a second. One that was started without keys has none: start it again after the
+    first `hayai keys create`.
     """
 
 

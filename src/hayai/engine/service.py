@@ -217,9 +217,10 @@ class EngineService:
             try:
                 callback(event)
             except Exception:
-                # The listener is gone (its event loop was closed): nobody wants the rest.
+                # The listener is gone (its event loop was closed): nobody wants the rest. The next step may
+                # be scheduled already, so that the abort has to wait until it is done.
                 callbacks.pop(request_id, None)
-                self.engine.abort(request_id)
+                self._inbox.put(_Abort(request_id))
 
     def _tell(self, request_id: str, reason: str, error: str | None) -> None:
         """Give a request its last event, made here."""
