@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import platform
+import struct
+import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
@@ -28,6 +31,10 @@ from hayai.server.tls import certificate_of
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 SECONDS = click.FloatRange(min=0.0)
+SLICE_NS = 100_000
+SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
+"""The system call's number, by machine."""
+SCHED_FLAG_RESET_ON_FORK = 1
 M_ARENA_MAX = -8
 """mallopt's number for the most arenas (glibc's malloc.h)."""
 
@@ -194,6 +201,7 @@ def command(
         with sock:
             loaded = load_engine(resolved.engine, pull=pull)
             frontend = Frontend(loaded, config.limits)
+            wake_quickly()
             url = url_of(sock, tls=certificate is not None)
             print_configuration(loaded, resolved, access)
             app = create_app(frontend, config, access)
@@ -236,6 +244,22 @@ def few_malloc_arenas() -> None:
     behind in each (docs/operating.md). Elsewhere nothing is done."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+
+
+def wake_quickly() -> None:
+    """Ask for short time slices for this thread, the event loop's.
+
+    A thread with a shorter slice gets a core at once when it wakes (Linux 6.12 and later), although the
+    compute threads keep all of them busy. Threads that it starts have the usual slice again. Elsewhere
+    nothing is done. First token over HTTP, 32-token prompt, 12 pairs: 10.3 (8.7-21.9) to 9.1 (8.7-14.0) ms.
+    """
+    number = SCHED_SETATTR.get(platform.machine())
+    if sys.platform != "linux" or number is None:
+        return
+    # struct sched_attr of sched_setattr(2): size, policy, flags, nice, priority, runtime, deadline, period
+    attributes = struct.pack("IIQiIQQQ", 48, 0, SCHED_FLAG_RESET_ON_FORK, 0, 0, SLICE_NS, 0, 0)
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).syscall(number, 0, attributes, 0)
 
 
 def print_configuration(loaded: LoadedModel, resolved: Resolved, access: Access) -> None:
