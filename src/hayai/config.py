@@ -152,12 +152,15 @@ class EngineConfig:
 class LimitsConfig:
     """The most that one request may ask for, of everything that costs time or memory before a token is made.
 
-    Counts, bytes (UTF-8) and characters as the names say. max_choices: prompts times `n`. max_schema_depth:
+    Counts, bytes (UTF-8) and characters as the names say. max_parts: content parts (blocks) of all messages
+    together. max_logit_bias: tokens that logit_bias names. max_choices: prompts times `n`. max_schema_depth:
     levels of nested objects and arrays in a JSON schema. max_grammar_cost: fuel of the grammar compiler per
     request (a regex or schema that needs more is refused).
     """
 
     max_messages: int = 4096
+    max_parts: int = 16_384
+    max_logit_bias: int = 1024
     max_tools: int = 128
     max_schema_bytes: int = 256 << 10
     max_schema_depth: int = 32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ from hayai.config import LimitsConfig
 from hayai.errors import RequestError
 from hayai.frontend_request import Constraint
 from hayai.server.anthropic import FIELDS, MessagesRequest, parse_count, parse_messages
+from hayai.server.anthropic_messages import read_conversation
 from hayai.server.anthropic_replies import AnswerForm
 from hayai.server.job import Job
 
@@ -461,3 +464,42 @@ def _fits(value: Any) -> bool:
 def test_any_bytes_are_a_job_or_an_error(raw: bytes) -> None:
     with pytest.raises(RequestError):
         parse_messages(raw, LIMITS)
+
+
+def texts(count: int, text: str = "x") -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text}] * count
+
+
+def test_many_blocks_are_read_in_time_that_grows_with_them() -> None:
+    """Text added to text block by block would copy some 50 GB here."""
+    count = 400_000
+    thinking = [{"type": "thinking", "thinking": "y" * 60}] * count
+    messages = [{"role": "user", "content": texts(count)}, {"role": "assistant", "content": thinking}, *HELLO]
+    began = time.thread_time()
+    conversation = read_conversation(None, messages, replace(LIMITS, max_parts=2 * count))
+    seconds = time.thread_time() - began
+    first, second, _ = conversation.messages
+    assert first["content"] == "\n".join("x" * count)
+    assert second == {"role": "assistant", "content": "", "reasoning_content": "y" * 60 * count}
+    assert seconds < 8, seconds
+
+
+def test_too_many_blocks_are_refused_before_they_are_read() -> None:
+    most = LIMITS.max_parts
+    use = {"role": "assistant", "content": [USE]}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": texts(most)}
+    for fields in (
+        {"messages": [{"role": "user", "content": texts(400_000)}]},
+        {
+            "messages": [{"role": "user", "content": texts(most // 2)}] * 2
+            + [{"role": "user", "content": texts(1)}]
+        },
+        {"messages": [*HELLO, use, {"role": "user", "content": [result]}]},
+        {"system": texts(most + 1)},
+    ):
+        body = orjson.dumps({"max_tokens": 8, "messages": HELLO} | fields)
+        began = time.thread_time()
+        with pytest.raises(RequestError, match=f"at most {most} content parts") as caught:
+            parse_messages(body, LIMITS)
+        assert (caught.value.param, time.thread_time() - began < 1) == ("messages", True)
+    assert len(messages_of(parse(system=texts(most)))[0]["content"]) == 2 * most - 1

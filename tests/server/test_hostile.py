@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import tiny_models
 from chat_model import CONTEXT
 from hayai.config import ServerConfig
+from hayai.server.handle import BIG_BODY, read_off_loop
 from hayai.weights.gguf_writer import llama_metadata, random_llama, write_gguf
 from server_process import InnerServer
 
@@ -64,6 +66,7 @@ BAD_CHAT = [
     ("tools", [tool_with({"enum": ["x" * (257 << 10)]})], "bytes; at most"),
     ("tool_choice", "required", "needs tools"),
     ("tool_choice", {"type": "function", "function": {"name": "f"}}, "needs tools"),
+    ("logit_bias", {str(i): 1 for i in range(1025)}, "at most 1024 tokens: 1025"),
     ("functions", [{"name": "f"}], "use tools"),
     ("function_call", {"name": "f"}, "use tool_choice"),
     ("parallel_tool_calls", "no", "found a string"),
@@ -236,6 +239,33 @@ def test_a_prompt_longer_than_the_context_says_both_numbers(http: httpx.Client, 
     error = error_of(http.post(CHAT, json=chat))
     assert f"{CONTEXT} tokens" in error["message"] and error["param"] == "messages"
     assert error["code"] == "context_length_exceeded"
+
+
+def test_token_ids_are_counted_before_they_are_read(http: httpx.Client) -> None:
+    for prompt in ([-1] * 1_000_000, [[-1] * 1_000_000]):
+        error = error_of(http.post(COMPLETION, json={"prompt": prompt}))
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+        assert "1000000 tokens" in error["message"]
+
+
+def test_too_many_content_parts_are_refused(http: httpx.Client) -> None:
+    parts = [{"type": "text", "text": ""}] * 8193
+    messages = [{"role": "user", "content": parts}] * 2
+    error = error_of(http.post(CHAT, json={"messages": messages}))
+    assert error["param"] == "messages" and "at most 16384 content parts" in error["message"]
+
+
+def test_a_big_body_is_parsed_beside_the_event_loop(http: httpx.Client) -> None:
+    threads: list[str] = []
+
+    async def run() -> None:
+        for size in (BIG_BODY, BIG_BODY + 1):
+            await read_off_loop(b" " * size, lambda: threads.append(threading.current_thread().name))
+
+    asyncio.run(run())
+    assert threads[0] == threading.main_thread().name != threads[1]
+    reply = http.post(CHAT, json={"messages": [{"role": "user", "content": "hi", "colour": "x" * BIG_BODY}]})
+    assert error_of(reply)["param"] == "messages[0].colour", "errors come back the same way"
 
 
 def test_a_prompt_of_megabytes_is_refused_at_once(http: httpx.Client) -> None:

@@ -204,7 +204,7 @@ def _asked(
 ) -> AskedPrompt:
     """What both bodies share: the conversation, the tools, whether to think."""
     check_cache_control(body.cache_control, "cache_control")
-    conversation = read_conversation(body.system, body.messages, limits.max_messages)
+    conversation = read_conversation(body.system, body.messages, limits)
     tools = _tools(body.tools, limits, warnings)
     options = _options(tools, body.tool_choice)
     if body.thinking is not None and body.thinking.budget_tokens is not None:

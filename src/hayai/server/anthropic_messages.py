@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hayai.config import LimitsConfig
 from hayai.errors import RequestError
 from hayai.server.fields import kind_of, refuse
+from hayai.server.openai_messages import check_parts
 
 _ROLES = ("user", "assistant", "system")
 
@@ -93,7 +95,7 @@ class Conversation:
 
 @dataclass
 class _Builder:
-    """What has been read so far."""
+    """What has been read so far; texts of a turn are lists of pieces until `join`."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     tool_names: dict[str, str] = field(default_factory=dict)  # of every tool_use, by its id
@@ -102,28 +104,41 @@ class _Builder:
         """Text of a turn, joined to the message before it where that is the same turn's."""
         last = self.messages[-1] if self.messages else None
         if last is not None and last["role"] == role:
-            last["content"] = last["content"] + joint + text if last["content"] else text
+            pieces = last["content"]
+            if pieces:
+                pieces += joint, text
+            elif text:
+                pieces.append(text)
         else:
-            self.messages.append({"role": role, "content": text})
+            self.messages.append({"role": role, "content": [text] if text else []})
 
     def assistant(self) -> dict[str, Any]:
         """The assistant's message that is being written."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
-            self.messages.append({"role": "assistant", "content": ""})
+            self.messages.append({"role": "assistant", "content": []})
         return self.messages[-1]
 
+    def join(self) -> None:
+        """Make texts of the pieces, each of them once: text added to text would copy it for every block."""
+        for message in self.messages:
+            for name in ("content", "reasoning_content"):
+                if isinstance(message.get(name), list):
+                    message[name] = "".join(message[name])
 
-def read_conversation(system: object, messages: object, max_messages: int) -> Conversation:
+
+def read_conversation(system: object, messages: object, limits: LimitsConfig) -> Conversation:
     """`system` and `messages` of a request. RequestError names the block (`messages[2].content[0]`)."""
     if not isinstance(messages, list) or not messages:
         refuse("messages", f"messages must be a list with at least one message: {kind_of(messages)}")
-    if len(messages) > max_messages:
-        refuse("messages", f"at most {max_messages} messages: {len(messages)}")
+    if len(messages) > limits.max_messages:
+        refuse("messages", f"at most {limits.max_messages} messages: {len(messages)}")
+    check_parts([*messages, {"content": system}], limits.max_parts)
     builder = _Builder()
     if system is not None:
         _read_turn(builder, "system", system, "system")
     for i, message in enumerate(messages):
         _read_message(builder, message, f"messages[{i}]")
+    builder.join()
     last = builder.messages[-1]
     if last["role"] != "assistant":
         return Conversation(tuple(builder.messages))
@@ -201,7 +216,7 @@ def _read_thinking(builder: _Builder, role: str, block: Mapping[str, Any], where
     text = _string(block, "thinking", where)
     message = builder.assistant()
     if text:
-        message["reasoning_content"] = message.get("reasoning_content", "") + text
+        message.setdefault("reasoning_content", []).append(text)
 
 
 def _read_redacted(builder: _Builder, role: str, block: Mapping[str, Any], where: str) -> None:

@@ -18,7 +18,7 @@ from hayai.frontend import Prompt
 from hayai.frontend_request import RequestOptions
 from hayai.server.anthropic import CountTokensRequest, MessagesRequest, parse_count, parse_messages
 from hayai.server.context import ServerContext
-from hayai.server.handle import prepare, read_body
+from hayai.server.handle import prepare, read_body, read_off_loop
 from hayai.server.openai_routes import json_response
 from hayai.server.schema import takes
 
@@ -44,7 +44,10 @@ class _Anthropic:
         context, arrived = self.context, time.monotonic()
         principal = context.access.authenticate(request.headers)
         raw = await read_body(request, context.config.max_body_bytes)
-        job, prefill = parse_messages(raw, context.config.limits, template_knows_effort=self.knows_effort)
+        limits, effort = context.config.limits, self.knows_effort
+        job, prefill = await read_off_loop(
+            raw, lambda: parse_messages(raw, limits, template_knows_effort=effort)
+        )
         if prefill is not None:
             context.resolve_model(job.model, principal)
             (prompt,) = job.prompts
@@ -58,7 +61,8 @@ class _Anthropic:
         context = self.context
         principal = context.access.authenticate(request.headers)
         raw = await read_body(request, context.config.max_body_bytes)
-        asked = parse_count(raw, context.config.limits, template_knows_effort=self.knows_effort)
+        limits, effort = context.config.limits, self.knows_effort
+        asked = await read_off_loop(raw, lambda: parse_count(raw, limits, template_knows_effort=effort))
         context.resolve_model(asked.model, principal)
         ids = await asyncio.to_thread(self._encode, asked.prompt, asked.options, asked.prefill)
         return json_response({"input_tokens": len(ids)})

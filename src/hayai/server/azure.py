@@ -24,7 +24,7 @@ from starlette.routing import BaseRoute, Route
 from hayai.server.access import Principal
 from hayai.server.context import ServerContext
 from hayai.server.errors import ApiError
-from hayai.server.handle import Parse, prepare, read_body
+from hayai.server.handle import Parse, prepare, read_body, read_off_loop
 from hayai.server.openai import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from hayai.server.openai_routes import json_response
 from hayai.server.schema import takes
@@ -100,7 +100,7 @@ class _Azure:
         deployment = request.path_params["deployment"]
         self._resolve(deployment, principal)
         raw = await read_body(request, context.config.max_body_bytes)
-        job = replace(parse(raw, context), model=deployment)
+        job = replace(await read_off_loop(raw, lambda: parse(raw, context)), model=deployment)
         endpoint = f"{_DEPLOYMENTS}/{{deployment}}/{operation}"
         return await prepare(context, principal, job, endpoint, arrived)
 

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -23,11 +24,15 @@ from hayai.server.job import Job
 from hayai.server.replies import REPLIES
 from hayai.server.reply import ReplyHead
 
+Parsed = TypeVar("Parsed")
 Parse = Callable[[bytes, ServerContext], Job]
 """A surface's parser: body -> Job; RequestError names the field at fault."""
 
 LONG_PROMPT = 16_384
 """Characters from which prompts are tokenised on another thread, so that the event loop keeps answering."""
+
+BIG_BODY = 256 << 10
+"""Bytes of a body from which it is parsed on another thread: some milliseconds of work."""
 
 
 async def handle(context: ServerContext, request: Request, parse: Parse) -> Response:
@@ -36,8 +41,14 @@ async def handle(context: ServerContext, request: Request, parse: Parse) -> Resp
     arrived = time.monotonic()
     principal = context.access.authenticate(request.headers)
     raw = await read_body(request, context.config.max_body_bytes)
-    job = parse(raw, context)
+    job = await read_off_loop(raw, lambda: parse(raw, context))
     return await prepare(context, principal, job, request.url.path, arrived)
+
+
+async def read_off_loop(raw: bytes, parse: Callable[[], Parsed]) -> Parsed:
+    """What `parse` makes of a body; of a big one on another thread, so that the event loop keeps
+    answering."""
+    return parse() if len(raw) <= BIG_BODY else await asyncio.to_thread(parse)
 
 
 async def run_job(context: ServerContext, principal: Principal, job: Job, endpoint: str) -> bytes:

@@ -152,7 +152,7 @@ def parse_chat(raw: bytes, context: ServerContext) -> Job:
         forced_tool=choice.forced,
         parallel_tools=body.parallel_tool_calls,
     )
-    messages = read_messages(body.messages, limits.max_messages)
+    messages = read_messages(body.messages, limits.max_messages, limits.max_parts)
     prompt = Prompt(messages=messages, template_args=template_args(body, context))
     return _job("chat", body, (prompt,), params, options, limits, warnings)
 
@@ -172,7 +172,7 @@ def parse_completion(raw: bytes, context: ServerContext) -> Job:
         prompt_logprobs=body.logprobs if body.echo else None,
         generate=body.max_tokens > 0,
     )
-    prompts = _prompts(body.prompt, limits)
+    prompts = _prompts(body.prompt, limits, context.frontend.context_length)
     if body.suffix:
         prompts = tuple(_infill(context, prompt, body.suffix) for prompt in prompts)
     job = _job("completion", body, prompts, params, options, limits, warnings)
@@ -283,7 +283,7 @@ def _sampling(
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
-        logit_bias=_logit_bias(body.logit_bias),
+        logit_bias=_logit_bias(body.logit_bias, limits),
         seed=seed,
         stop=read_stop(body.stop, limits),
         stop_token_ids=tuple(body.stop_token_ids),
@@ -306,11 +306,13 @@ def read_stop(value: object, limits: LimitsConfig) -> tuple[str, ...]:
     return tuple(strings)
 
 
-def _logit_bias(value: object) -> dict[int, float]:
+def _logit_bias(value: object, limits: LimitsConfig) -> dict[int, float]:
     if value is None:
         return {}
     if not isinstance(value, dict):
         refuse("logit_bias", f"logit_bias must be an object of token ids and numbers: {kind_of(value)}")
+    if len(value) > limits.max_logit_bias:
+        refuse("logit_bias", f"logit_bias: at most {limits.max_logit_bias} tokens: {len(value)}")
     bias: dict[int, float] = {}
     for key, number in value.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
@@ -321,28 +323,41 @@ def _logit_bias(value: object) -> dict[int, float]:
     return bias
 
 
-def _prompts(value: object, limits: LimitsConfig) -> tuple[Prompt, ...]:
+def _prompts(value: object, limits: LimitsConfig, context_length: int) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (Prompt(text=value),)
     if not isinstance(value, list) or not value:
         refuse("prompt", f"prompt must be a string, token ids, or a list of either: {kind_of(value)}")
-    if all(type(v) is int for v in value):
-        return (Prompt(token_ids=_token_ids(value, "prompt")),)
+    if _are_ids(value, "prompt", context_length):
+        return (Prompt(token_ids=tuple(value)),)
     if len(value) > limits.max_choices:
         refuse("prompt", f"at most {limits.max_choices} prompts in one request: {len(value)}")
     prompts: list[Prompt] = []
     for i, item in enumerate(value):
         if isinstance(item, str):
             prompts.append(Prompt(text=item))
-        elif isinstance(item, list) and item and all(type(v) is int for v in item):
-            prompts.append(Prompt(token_ids=_token_ids(item, f"prompt[{i}]")))
+        elif isinstance(item, list) and item and _are_ids(item, f"prompt[{i}]", context_length):
+            prompts.append(Prompt(token_ids=tuple(item)))
         else:
             refuse("prompt", f"prompt[{i}] must be a string or a list of token ids: {kind_of(item)}")
     return tuple(prompts)
 
 
-def _token_ids(values: list[int], where: str) -> tuple[int, ...]:
+def _are_ids(values: list[Any], where: str, context_length: int) -> bool:
+    """Whether a list is token ids; RequestError for ids that can't be served. They are counted before they
+    are looked at: a body has room for millions."""
+    if type(values[0]) is not int:
+        return False
+    if len(values) >= context_length:
+        raise RequestError(
+            f"{where} has {len(values)} tokens, and with at least one to generate it must fit the context of "
+            f"{context_length} tokens",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    if not all(type(v) is int for v in values):
+        return False
     bad = next((v for v in values if not 0 <= v < 1 << 31), None)
     if bad is not None:
         refuse("prompt", f"{where}: not a token id: {bad}")
-    return tuple(values)
+    return True

@@ -5,9 +5,10 @@ Roles, text parts, tool calls and their results. Errors name the exact place (`m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hayai.config import LimitsConfig
 from hayai.errors import RequestError
 from hayai.server.fields import kind_of, refuse
 
@@ -67,14 +68,34 @@ _STRINGS = {
 """Further fields that are text -> roles that have them."""
 
 
-def read_messages(value: object, max_messages: int) -> tuple[dict[str, Any], ...]:
+def read_messages(
+    value: object, max_messages: int, max_parts: int = LimitsConfig.max_parts
+) -> tuple[dict[str, Any], ...]:
     """`messages` of a request, checked. RequestError: what is wrong, and where."""
     if not isinstance(value, list) or not value:
         refuse("messages", f"messages must be a list with at least one message: {kind_of(value)}")
     if len(value) > max_messages:
         refuse("messages", f"at most {max_messages} messages: {len(value)}")
+    check_parts(value, max_parts)
     calls: set[str] = set()
     return tuple(_message(m, f"messages[{i}]", calls) for i, m in enumerate(value))
+
+
+def check_parts(messages: Sequence[object], most: int) -> None:
+    """RequestError when the messages have more than `most` content parts in all, those inside of a tool's
+    result counted too. Before the parts are read: nothing else limits how many there are."""
+    found = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, list):
+            continue
+        found += len(content)
+        if found <= most:
+            for part in content:
+                inner = part.get("content") if isinstance(part, dict) else None
+                found += len(inner) if isinstance(inner, list) else 0
+        if found > most:
+            refuse("messages", f"at most {most} content parts in all messages: more than that were sent")
 
 
 def _message(value: object, where: str, calls: set[str]) -> dict[str, Any]:
