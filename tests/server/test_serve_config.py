@@ -199,9 +199,13 @@ def test_sigterm_lets_what_runs_end(chat_model: Path, slow: list[ServerProcess])
     slow.append(server)
     streams = [Stream(server, n=2), Stream(server)]
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    with pytest.raises(httpx.HTTPError):
-        httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=5).raise_for_status()
+    end = time.monotonic() + 10
+    while (ready := httpx.get(f"{server.url}/ready", timeout=5)).status_code == 200:
+        assert time.monotonic() < end
+    assert ready.status_code == 503 and httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+    reply = httpx.post(f"{server.url}/v1/completions", json=SHORT, timeout=5)
+    assert reply.status_code == 503 and reply.headers["retry-after"] == "1"
+    assert reply.json()["error"]["code"] == "shutting_down"
     for stream in streams:
         text = stream.end()
         assert text.endswith("data: [DONE]\n\n") and "shutting_down" not in text

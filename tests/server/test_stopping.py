@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
+import struct
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +15,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hayai.config import ServerConfig
+from hayai.config import EngineConfig, ServerConfig
 from hayai.errors import ConfigError
-from hayai.server.run import bind, is_loopback
+from hayai.frontend import Frontend
+from hayai.load import load_model
+from hayai.server import generate
+from hayai.server.app import create_app
+from hayai.server.request_log import RequestLog
+from hayai.server.run import bind, is_loopback, make_server
 from server_process import InnerServer, start_server
 
 LONG = {"prompt": [1, 2, 3], "max_tokens": 500, "ignore_eos": True, "temperature": 0}
@@ -59,6 +67,53 @@ def test_a_client_that_leaves_stops_the_work(inner_server: StartServer, options:
     time.sleep(0.1)
     assert engine.stats().num_steps == stats.num_steps
     assert httpx.get(f"{server.url}/ready").status_code == 200
+
+
+@pytest.mark.parametrize("ahead", [b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", b"G", b"GET /health"])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_client_that_pipelines_and_leaves_stops_the_work(
+    inner_server: StartServer, ahead: bytes, together: bool, reset: bool
+) -> None:
+    """Requests sent ahead must not hide that nobody reads the answer any more."""
+    server = inner_server()
+    engine = server.frontend.service.engine
+    raw = connect(server.url)
+    raw.sendall(request_bytes(stream=True) + (ahead if together else b""))
+    raw.recv(1)
+    if not together:
+        raw.sendall(ahead)
+    assert wait_until(lambda: engine.stats().output_tokens > 5)
+    if reset:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raw.close()
+    assert wait_until(lambda: not engine.has_work, 1.0)
+    assert engine.stats().finished == {"abort": 1}
+    assert httpx.get(f"{server.url}/ready").status_code == 200
+
+
+def test_requests_sent_ahead_are_answered_in_order_and_bounded(inner_server: StartServer) -> None:
+    server = inner_server()
+    engine = server.frontend.service.engine
+    health = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with connect(server.url) as raw:
+        raw.sendall(request_bytes(stream=True, max_tokens=20))
+        text = raw.recv(1)
+        raw.sendall(health)
+        time.sleep(0.01)
+        raw.sendall(health.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        while part := raw.recv(65536):
+            text += part
+    stream, _, rest = text.partition(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert stream.startswith(b"HTTP/1.1 200") and rest.count(b"HTTP/1.1 200 OK") == 2
+    with connect(server.url) as raw, contextlib.suppress(OSError):
+        raw.sendall(request_bytes(stream=True))
+        raw.recv(1)
+        raw.sendall(health * 10_000)
+        while raw.recv(65536):
+            pass
+    assert wait_until(lambda: not engine.has_work, 1.0)
+    assert engine.stats().finished == {"length": 1, "abort": 1}
 
 
 def test_a_client_that_leaves_inside_its_body(inner_server: StartServer) -> None:
@@ -164,3 +219,44 @@ def test_slow_readers_hold_nobody_up(inner_server: StartServer) -> None:
         body = {"prompt": "x", "max_tokens": 4}
         reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=20)
         assert reply.json()["usage"]["completion_tokens"] == 4
+
+
+def test_a_reader_that_stops_is_let_go_also_where_requests_are_logged(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log takes the direct way to the socket from a stream, and nothing else."""
+    monkeypatch.setattr(generate, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(generate, "STALL_SECONDS", 0.5)
+    frontend = Frontend(load_model(EngineConfig(model=str(chat_model), backend="reference")))
+    config = ServerConfig(port=0)
+    app = create_app(frontend, config)
+    log = tmp_path / "requests.jsonl"
+    app.add_middleware(RequestLog, path=log)
+    sock = bind(config)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    ready = threading.Event()
+    server = make_server(app, ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        assert ready.wait(20)
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.settimeout(20)
+            raw.connect(sock.getsockname())
+            raw.sendall(request_bytes(stream=True, logprobs=20))
+            engine = frontend.service.engine
+            assert wait_until(lambda: engine.stats().running == 1)
+            assert wait_until(lambda: not engine.has_work, 20.0)
+            time.sleep(1.2)
+            text = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := raw.recv(65536):
+                    text += part
+        assert text.startswith(b"HTTP/1.1 200") and b"[DONE]" not in text
+        assert wait_until(lambda: log.read_bytes().endswith(b"\n"))
+    finally:
+        server.stop()
+        thread.join(20)
+        sock.close()
+    assert not thread.is_alive() and json.loads(log.read_bytes())["status"] == 200

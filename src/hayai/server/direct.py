@@ -13,12 +13,14 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 
 from hayai.frontend import TextChunk
 
 TRANSPORT = "hayai.transport"
-"""The extension of the ASGI scope by which run.py names a connection's transport."""
+"""The extension of the ASGI scope by which run.py names a connection's transport ('transport'). 'direct':
+whether events may go past the ASGI application; left out, they may."""
 
 
 class DirectStream:
@@ -33,6 +35,7 @@ class DirectStream:
         self._transport = transport
         self._encode = encode
         self._fd = -1
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._rest = b""
         self._writes: list[tuple[float, int]] = []
         self._lock = threading.Lock()  # who writes: this class, or the loop through the transport
@@ -54,6 +57,7 @@ class DirectStream:
             return False
         if self._fd < 0:
             self._fd = os.dup(transport.get_extra_info("socket").fileno())
+            self._loop = asyncio.get_running_loop()
         self.writable = True
         return True
 
@@ -76,7 +80,15 @@ class DirectStream:
         except BlockingIOError:
             return 0
         except OSError:
-            return len(frame)  # the client is gone; the loop learns that from the socket as well
+            self._lose()
+            return len(frame)
+
+    def _lose(self) -> None:
+        """The client is gone. The loop would see that only where it reads from the socket."""
+        assert self._loop is not None
+        self.writable = False
+        with suppress(RuntimeError):  # the loop is closed, and its connections with it
+            self._loop.call_soon_threadsafe(self._transport.abort)
 
     def take_writes(self) -> list[tuple[float, int]]:
         """(monotonic seconds, tokens) of each chunk sent since the last call, also while more are sent."""
@@ -90,7 +102,7 @@ class DirectStream:
         with self._lock:
             self.writable = False
             rest, self._rest = self._rest, b""
-        if rest:
+        if rest and not self._transport.is_closing():
             self._transport.write(rest)
 
     def close(self) -> None:

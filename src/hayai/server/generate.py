@@ -96,8 +96,10 @@ class Generation(Response):
             deadline = self._gate.deadline(headers, self._arrived)
             if deadline is not None:
                 self._options = replace(self._options, deadline=deadline)
-            self._transport = (scope.get("extensions") or {}).get(TRANSPORT, {}).get("transport")
-            self._direct = self._direct_stream(scope)
+            connection = (scope.get("extensions") or {}).get(TRANSPORT, {})
+            self._transport = connection.get("transport")
+            if connection.get("direct", True):
+                self._direct = self._direct_stream(scope)
             await self._serve(receive, send)
         except Exception as error:
             self._settled(error)

@@ -36,8 +36,9 @@ class RequestLog:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        # events must pass here: no short cut from the engine to the socket
-        extensions = {k: v for k, v in scope.get("extensions", {}).items() if k != TRANSPORT}
+        extensions = dict(scope.get("extensions") or {})
+        if TRANSPORT in extensions:  # events must pass here: no short cut from the engine to the socket
+            extensions[TRANSPORT] = {**extensions[TRANSPORT], "direct": False}
         began = time.time()
         asked, answered = _Body(), _Body()
         line: dict[str, Any] = {"time": began, "path": scope["path"], "status": None, "request_id": None}

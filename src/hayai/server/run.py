@@ -8,6 +8,7 @@ import math
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
@@ -16,7 +17,8 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from hayai.config import ServerConfig
 from hayai.errors import ConfigError
@@ -26,6 +28,8 @@ from hayai.server.tls import Certificate
 
 MAX_HEAD_BYTES = 64 << 10
 """Of a request's first line and headers together."""
+MAX_AHEAD_BYTES = 64 << 10
+"""Of further requests that a client sends (pipelines) while it waits for an answer."""
 
 WATCH_SECONDS = 0.5
 RENEW_SECONDS = 60.0
@@ -117,7 +121,7 @@ def make_server(
 def serve(server: HttpServer, sock: socket.socket) -> None:
     """Serve until it is told to stop or its engine fails (`server.failure`).
 
-    SIGTERM: nothing new is accepted, what runs may end. SIGINT: all work stops at the next step. A second
+    SIGTERM: new requests are refused, what runs may end. SIGINT: all work stops at the next step. A second
     signal doesn't wait for anything. ConfigError: somebody else listens on the port since it was bound.
     """
     try:
@@ -135,20 +139,45 @@ def _has_uvloop() -> bool:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with a limit on a request's head, and errors in OpenAI's form.
+    """uvicorn's protocol with a limit on a request's head, errors in OpenAI's form, and an eye on clients
+    that leave.
 
-    The parser keeps a head until it is complete, however long it gets.
+    The parser keeps a head until it is complete, however long it gets. uvicorn stops reading while a
+    pipelined request waits for its turn, and tells only the newest request that the connection is lost: a
+    client that pipelines and leaves would keep its answer running. Here reading goes on, within a limit.
     """
 
     _in_head = True
     _head_bytes = 0
+    _ahead_bytes = 0
+    _answering: RequestResponseCycle | None = None
+    """The request that has its turn; those behind it are in `pipeline`."""
 
     def data_received(self, data: bytes) -> None:
+        self._ahead_bytes = self._ahead_bytes + len(data) if self.pipeline else 0
         super().data_received(data)
+        if self.transport.is_closing():
+            return
         if self._in_head:
             self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(431, f"the request's head is too large: the limit is {MAX_HEAD_BYTES} bytes")
+        if self.pipeline:
+            if self._ahead_bytes > MAX_AHEAD_BYTES:
+                self.transport.abort()
+            else:
+                self.flow.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        cycle = self._answering
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes = True, 0
@@ -163,6 +192,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._refuse(400, msg)
 
     def _refuse(self, status: int, message: str) -> None:
+        if self._answering is not None and not self._answering.response_complete:
+            self.transport.abort()  # what is said now would be in the middle of another answer
+            return
         body = ApiError(status, message, code="bad_request").body()
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
@@ -194,6 +226,7 @@ class HttpServer(uvicorn.Server):
         self._ask_failure = failure
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ending = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -221,32 +254,39 @@ class HttpServer(uvicorn.Server):
 
     def stop(self) -> None:
         """Stop all work, answer what is in flight with an error, and return from `run`."""
-        self._end(0.0)
+        self._exit(0.0)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._app.state.gate.close)
 
     def drain(self) -> None:
-        """Accept nothing new, let what runs end (at most `drain_seconds`), and return from `run`."""
-        self._end(self._drain_seconds)
+        """Let what runs end (at most `drain_seconds`), and return from `run`. Until then the server answers:
+        new requests with 503, and whoever asks whether it is ready."""
+        self._ending = True
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._start_draining)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        if self._ending:
             self.force_exit = True  # the second time: don't wait for anything
             self.stop()
         else:
             _ENDS[signal.Signals(sig)](self)
 
-    def _end(self, seconds: float) -> None:
-        """Stop what runs after so many seconds; connections that nobody reads are cut a little later."""
-        self.should_exit = True
+    def _exit(self, seconds: float) -> None:
+        """Close the listeners. Other requests than the gate's have so many seconds; connections that nobody
+        reads are cut a little later."""
+        self._ending = self.should_exit = True
         self.config.timeout_graceful_shutdown = math.ceil(seconds + CUT_SECONDS)
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._empty, seconds)
 
-    def _empty(self, seconds: float) -> None:
-        gate = self._app.state.gate
-        if seconds > 0.0:
-            self._start(gate.drain(seconds))
-        else:
-            gate.close()
+    def _start_draining(self) -> None:
+        self._start(self._drain())
+
+    async def _drain(self) -> None:
+        end = time.monotonic() + self._drain_seconds
+        await self._app.state.gate.drain(self._drain_seconds)
+        self._exit(max(0.0, end - time.monotonic()))
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)
