@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from engine_fakes import VOCAB, alone, drain, make_engine, request, tokens_of
+from hayai.engine.request import TokenEvent
 
 PROMPT = [10, 11, 12]
 
@@ -126,6 +127,7 @@ def test_a_grammar_that_fails_ends_its_request_alone(at: str, words: str, tokens
         and last.error is not None
         and words in last.error
     )
+    assert last.own_fault
     assert tokens_of(events, "bad") == tokens
     assert last.timing is not None and last.timing.output_tokens == len(tokens)
     assert tokens_of(events, "good") == [90, 91, 92, 93, 94, 2]
@@ -177,3 +179,78 @@ def test_masks_cover_the_vocabulary_in_whole_words() -> None:
     engine, _ = make_engine()
     engine.add(request("a", PROMPT, mask=Measure(499), max_tokens=1))
     assert tokens_of(drain(engine), "a") == [499] and sizes == [-(-VOCAB // 32)]
+
+
+def test_a_late_mask_holds_up_its_own_request_only() -> None:
+    gate = threading.Event()
+
+    class Gated(Script):
+        def fill(self, words: NDArray[np.uint32]) -> None:
+            if len(self.accepted) == 2:
+                assert gate.wait(60)
+            super().fill(words)
+
+    engine, _ = make_engine()
+    engine.add(request("slow", PROMPT, mask=Gated(50, 60, 70, 80, 2)))
+    engine.add(request("plain", PROMPT, max_tokens=30))
+    events: list[TokenEvent] = []
+    while not any(e.finish_reason for e in events):
+        events += engine.step()
+    assert tokens_of(events, "plain") == alone(PROMPT, 30)
+    assert tokens_of(events, "slow") == [50, 60]
+    engine.add(request("later", PROMPT, max_tokens=4))
+    while sum(e.request_id == "later" for e in events) < 4:
+        events += engine.step()
+    assert engine.step() == [] and engine.has_work, "alone, it is waited for a little in every step"
+    engine.check_integrity()
+    gate.set()
+    events += drain(engine)
+    assert tokens_of(events, "slow") == [50, 60, 70, 80, 2]
+    assert tokens_of(events, "later") == alone(PROMPT, 4)
+    assert engine.stats().grammar_failures == 0, "waiting costs nothing: only the worker's own time counts"
+    engine.check_integrity()
+    engine.close()
+
+
+def test_late_first_masks_and_an_abort_beside_them() -> None:
+    gate = threading.Event()
+
+    class Gated(Script):
+        def fill(self, words: NDArray[np.uint32]) -> None:
+            assert gate.wait(60)
+            super().fill(words)
+
+    engine, _ = make_engine()
+    engine.add(request("gone", PROMPT, mask=Gated(50, 2)))
+    engine.add(request("stays", PROMPT, mask=Gated(60, 61, 2)))
+    assert [engine.step() for _ in range(3)] == [[], [], []]
+    engine.abort("gone")
+    assert [e.finish_reason for e in engine.step()] == ["abort"]
+    gate.set()
+    assert tokens_of(drain(engine), "stays") == [60, 61, 2]
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("cost", "words", "most"), [(0.3, "one token's mask took", 1), (0.1, "5 ms each", 12)]
+)
+def test_a_grammar_whose_masks_cost_too_much_ends_its_request_alone(
+    cost: float, words: str, most: int
+) -> None:
+    class Costly(Script):
+        def fill(self, words: NDArray[np.uint32]) -> None:
+            until = time.thread_time() + cost
+            while time.thread_time() < until:
+                np.sort(np.arange(100_000, 0, -1))
+            super().fill(words)
+
+    engine, _ = make_engine()
+    engine.add(request("bad", PROMPT, mask=Costly(*range(50, 90))))
+    engine.add(request("good", PROMPT, mask=Script(90, 91, 92, 2)))
+    events = drain(engine)
+    last = next(e for e in events if e.request_id == "bad" and e.finish_reason)
+    assert last.finish_reason == "error" and last.own_fault and last.error is not None
+    assert "too expensive" in last.error and words in last.error
+    assert len(tokens_of(events, "bad")) < most
+    assert tokens_of(events, "good") == [90, 91, 92, 2]
+    engine.close()

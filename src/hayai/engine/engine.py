@@ -28,6 +28,9 @@ __all__ = ["Engine", "EngineStats"]
 MANY_DEADLINES = 64
 """Stale entries that the heap of deadlines may hold before it is cleaned."""
 
+LATE_SECONDS = 0.01
+"""How long a step waits for masks; common ones take tens of microseconds."""
+
 Noted = tuple[Logprob | None, RequestTiming | None, tuple[Logprob | None, ...] | None]
 """Of an event: logprob, timing, prompt_logprobs."""
 NOTHING: Noted = (None, None, None)
@@ -214,7 +217,11 @@ class Engine:
 
     def run(self, batch: Batch | None) -> list[TokenEvent]:
         """The second half: call the backend, commit. No request may be added or aborted in between."""
+        if batch is not None and batch.grammars:
+            batch = self._with_masks(batch)
         if batch is None:
+            if not self._pending:
+                self.scheduler.wait_for_late(LATE_SECONDS)
             return self._take_pending()
         assert batch.step is not None
         if batch is not self._batch:
@@ -223,9 +230,6 @@ class Engine:
         if self.cache.has_copies:
             for group, sources, targets in self.cache.take_copies():
                 self.runner.copy_blocks(group, sources, targets)
-        for sequence in batch.grammars:
-            assert sequence.grammar is not None
-            sequence.grammar.wait()
         began = perf_counter()
         output = self.runner.step(batch.step)
         seconds = perf_counter() - began
@@ -237,6 +241,15 @@ class Engine:
         else:
             batch.typical = seconds
         return self._commit(batch, output)
+
+    def _with_masks(self, batch: Batch) -> Batch | None:
+        """The batch once all its masks are there; or, where some take long, one without their sequences, so
+        that a mask holds up nobody but its own request."""
+        until = monotonic() + LATE_SECONDS
+        ready: Batch | None = batch
+        while ready is not None and not self.scheduler.wait_for_masks(ready, until):
+            ready = self.schedule()
+        return ready
 
     def _commit(self, batch: Batch, output: StepOutput) -> list[TokenEvent]:
         """Record computed tokens and new ones; finish what is finished."""
@@ -296,7 +309,8 @@ class Engine:
         for sequence in failed:
             assert sequence.grammar is not None
             self._books.grammar_failures += 1
-            events.append(self._finish(sequence, -1, "error", error=sequence.grammar.error))
+            event = self._finish(sequence, -1, "error", error=sequence.grammar.error)
+            events.append(event._replace(own_fault=True))
         return failed
 
     def _advance_masks(self, batch: Batch) -> None:

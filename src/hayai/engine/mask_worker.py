@@ -2,7 +2,8 @@
 
 As soon as a token is committed, `Grammar.advance` queues it; the worker tells the grammar and fills the mask
 of the next token (the grammar library works without the GIL), while the engine's thread delivers events and
-schedules. `Grammar.wait` right before the backend call takes what is left of that time.
+schedules. `Grammar.wait` right before the backend call takes what is left of that time, within bounds: a
+sequence whose mask is late sits out, and a grammar whose masks cost too much ends its request.
 
 An error of a grammar is kept and its mask opened, so that the step runs for everybody else; the engine ends
 that request alone when it commits the step.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from queue import SimpleQueue
+from time import thread_time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,13 @@ from hayai.engine.mask import MaskSource
 
 CLOSE_SECONDS = 5.0
 
+FREE_SECONDS = 0.005
+MAX_EXCESS_SECONDS = 1.0
+MAX_MASK_SECONDS = 0.25
+"""What the masks of one request may cost, in the worker's own processor time (a machine that is busy with
+other things is nobody's fault): one mask at most MAX_MASK_SECONDS, all of them MAX_EXCESS_SECONDS beyond
+FREE_SECONDS each."""
+
 START = -1
 """Instead of a token: fill the first mask."""
 
@@ -27,27 +36,38 @@ START = -1
 class Grammar:
     """The mask of one request: `words` is stable from `wait` until `advance`, and always the same array."""
 
-    __slots__ = ("_busy", "_source", "error", "words")
+    __slots__ = ("_busy", "_excess", "_late", "_source", "error", "words")
 
     def __init__(self, source: MaskSource, vocab_size: int) -> None:
         self._source = source
         self._busy = threading.Lock()  # held from advance() until the worker is done
         self.words: NDArray[np.uint32] = np.zeros(-(-vocab_size // 32), np.uint32)
         self.error: str | None = None
+        self._late = False
+        self._excess = 0.0
 
-    def wait(self) -> None:
-        """Until the mask is there."""
-        with self._busy:
-            pass
+    def wait(self, seconds: float) -> bool:
+        """Wait that long at most (0 or less: not at all) for the mask; whether it is there. One that is not
+        is late from then on."""
+        self._late = not self._busy.acquire(timeout=max(seconds, 0.0))
+        if not self._late:
+            self._busy.release()
+        return not self._late
+
+    def is_late(self) -> bool:
+        """Whether somebody waited for the mask in vain, and it is still not there."""
+        return self._late and not self.wait(0)
 
     def follow(self, token: int) -> None:
         """The worker's part: accept the token, fill the next mask. Never raises."""
+        began = thread_time()
         try:
             if token != START:
                 self._source.accept(token)
             self._source.fill(self.words)
             if not self.words.any():
                 self.error = "the grammar allows no token"
+            self._charge(thread_time() - began)
         except Exception as error:
             # Whatever a grammar library can raise on what a client wrote is that client's alone.
             self.error = f"the grammar failed: {type(error).__name__}: {error}"
@@ -55,6 +75,17 @@ class Grammar:
             if self.error is not None:
                 self.words.fill(0xFFFFFFFF)
             self._busy.release()
+
+    def _charge(self, seconds: float) -> None:
+        """Count what a mask cost; an error when that is more than one request may take from the others."""
+        self._excess += max(0.0, seconds - FREE_SECONDS)
+        if seconds > MAX_MASK_SECONDS:
+            self.error = f"the grammar is too expensive: one token's mask took {seconds:.2f} s to compute"
+        elif self._excess > MAX_EXCESS_SECONDS:
+            self.error = (
+                f"the grammar is too expensive: its masks took {self._excess:.2f} s more than "
+                f"{FREE_SECONDS * 1e3:.0f} ms each"
+            )
 
     def claim(self) -> None:
         """Mark the mask as not there; the worker's `follow` ends that."""

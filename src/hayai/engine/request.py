@@ -141,6 +141,7 @@ class TokenEvent(NamedTuple):
     'timeout' and 'abort' (token_id is -1) or 'error' (token_id -1, `error` says why). The first and the last
     event carry the request's timing as the engine saw it. prompt_logprobs: on the first event of a request
     that asked for them, one entry per prompt token, None for the first (nothing predicts it).
+    own_fault: of an error: that of the request's own mask, not the engine's.
     """
 
     request_id: str
@@ -150,3 +151,4 @@ class TokenEvent(NamedTuple):
     error: str | None = None
     timing: RequestTiming | None = None
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
+    own_fault: bool = False

@@ -12,6 +12,7 @@ Rules, in this order:
 3. What is left of the token budget goes to prompts, in chunks: by priority, fairness, then the highest
    response ratio (Brinch Hansen 1971): short prompts go first, but nobody waits for ever. While somebody
    waits for the tokens of a decoding sequence, the pacer limits the chunk.
+A sequence whose grammar mask is late sits out 2 and 3 until it is there.
 
 The oldest sequence of the highest priority is never preempted, and a sequence alone always fits (a request
 that could not is refused when it is added), so every step makes progress and nothing can wait for ever.
@@ -163,6 +164,23 @@ class Scheduler:
                 self.cache.publish(sequence.blocks, sequence.num_computed)
         self._changed = True
 
+    def wait_for_masks(self, batch: Batch, until: float) -> bool:
+        """Wait for the masks of a batch, at most until then (monotonic seconds). False: some are late, and
+        their sequences sit out the steps that are scheduled from now on until they have them."""
+        late = False
+        for sequence in batch.grammars:
+            assert sequence.grammar is not None
+            late |= not sequence.grammar.wait(until - time.monotonic())
+        if late:
+            self._steady = None
+        return not late
+
+    def wait_for_late(self, seconds: float) -> None:
+        """Wait for the mask of a sequence that sits out, if there is one: nothing else can run."""
+        late = next((s for s in self.running if _sits_out(s)), None)
+        if late is not None and late.grammar is not None:
+            late.grammar.wait(seconds)
+
     def _plan(self) -> Batch | None:
         self._steady = None
         if self._changed:
@@ -177,6 +195,8 @@ class Scheduler:
                 if batch.decode_only and len(batch.samplers) == len(self.running):
                     self._steady = batch
                 return batch
+            if any(_sits_out(s) for s in self.running):
+                return None
             assert len(self.running) > 1, "a sequence that is alone must fit"
             self._preempt(self._victim(self.running))
         assert not self.queue, "a request waits although nothing runs"
@@ -277,7 +297,7 @@ class Scheduler:
         for sequence in self.running:
             at, blocks = sequence.num_computed, sequence.blocks
             assert blocks is not None
-            if len(sequence.tokens) - at == 1:
+            if len(sequence.tokens) - at == 1 and not _sits_out(sequence):
                 if at >= blocks.writable and not self.cache.reserve(blocks, at, at + 1):
                     self._preempt(self._victim(self.running))
                     return False
@@ -285,7 +305,7 @@ class Scheduler:
         return True
 
     def _add_prompts(self, batch: Batch) -> None:
-        prompts = [s for s in self.running if len(s.tokens) - s.num_computed > 1]
+        prompts = [s for s in self.running if len(s.tokens) - s.num_computed > 1 and not _sits_out(s)]
         if not prompts:
             return
         if len(prompts) > 1:
@@ -342,6 +362,10 @@ class Scheduler:
         self.cache.close(sequence.blocks)
         sequence.blocks = None
         sequence.num_computed = 0
+
+
+def _sits_out(sequence: Sequence) -> bool:
+    return sequence.grammar is not None and sequence.grammar.is_late()
 
 
 def _rows_fit(sequence: Sequence, count: int, rows: int) -> tuple[int, int]:
