@@ -27,16 +27,18 @@ async def serve(gate: Gate, clock: Clock, seconds: float, num_choices: int = 1) 
     await leave()
 
 
-def start(gate: Gate, num_choices: int = 1, background: bool = False) -> Callable[..., object]:
+def start(
+    gate: Gate, num_choices: int = 1, background: bool = False, tenant: str = ""
+) -> Callable[..., object]:
     """Let a request in; what is returned ends it."""
     done = asyncio.Event()
 
     async def run() -> None:
         await done.wait()
 
-    gate.check(num_choices, background)
+    gate.check(num_choices, background, tenant)
     task = asyncio.create_task(run())
-    gate.enter(task, num_choices, background)
+    gate.enter(task, num_choices, background, tenant)
 
     async def end(cancel: bool = False) -> None:
         if cancel:
@@ -49,9 +51,9 @@ def start(gate: Gate, num_choices: int = 1, background: bool = False) -> Callabl
     return end
 
 
-def refused(gate: Gate, num_choices: int = 1) -> ApiError:
+def refused(gate: Gate, num_choices: int = 1, tenant: str = "") -> ApiError:
     with pytest.raises(ApiError) as caught:
-        gate.check(num_choices)
+        gate.check(num_choices, tenant=tenant)
     return caught.value
 
 
@@ -79,6 +81,58 @@ async def test_many_choices_fill_the_running_places_only() -> None:
     for each in (end, *others):
         await each()
     assert gate.num_choices == 0
+
+
+async def test_one_tenant_does_not_lock_the_others_out() -> None:
+    """Six places that one tenant holds: another gets its share above the limit, the first no more."""
+    gate = Gate(2, 4)
+    ends = [start(gate, tenant="much") for _ in range(6)]
+    assert refused(gate, tenant="much").code == "overloaded"
+    ends += [start(gate, tenant="little") for _ in range(3)]
+    assert refused(gate, tenant="little").code == "overloaded", "three of six places are its share"
+    assert refused(gate, tenant="much").code == "overloaded"
+    ends.append(start(gate, tenant="third"))
+    assert gate.num_of_tenant == {"much": 6, "little": 3, "third": 1}
+    assert refused(gate, tenant="fourth").code == "overloaded", "the running places once more, and no further"
+    await ends.pop()()
+    for _ in range(3):  # what falls free is for those that have less than their share
+        assert refused(gate, tenant="much").code == refused(gate, tenant="little").code == "overloaded"
+    ends.append(start(gate, tenant="fourth"))
+    for end in ends:
+        await end()
+    assert gate.num_choices == 0 and not gate.num_of_tenant
+
+
+async def test_the_first_request_of_a_tenant_may_be_more_than_its_share() -> None:
+    gate = Gate(2, 4)
+    ends = [start(gate, tenant="much") for _ in range(6)]
+    ends.append(start(gate, 4, tenant="new"))
+    assert refused(gate, tenant="new").status == 429
+    for end in ends:
+        await end()
+
+
+async def test_a_long_wait_behind_one_tenant_is_not_everybodys() -> None:
+    clock = Clock()
+    gate = Gate(8, 2, queue_seconds=45.0, clock=clock)
+    for _ in range(30):
+        ends = [start(gate, tenant="much"), start(gate, tenant="much")]
+        clock.now += 60.0
+        for end in ends:
+            await end()
+    ends = [start(gate, tenant="much") for _ in range(3)]
+    assert "the longest is 45 s" in refused(gate, tenant="much").message
+    ends.append(start(gate, tenant="little"))
+    for end in ends:
+        await end()
+
+
+async def test_many_choices_of_one_request_are_served_as_fast_as_those_of_many() -> None:
+    """Two places, a second per choice: 16 choices take 8 s, and two leave per second."""
+    clock = Clock()
+    gate = Gate(1, 2, clock=clock)
+    await serve(gate, clock, 8.0, 16)
+    assert gate.rate == pytest.approx(2.0)
 
 
 async def test_retry_after_is_the_measured_time_until_there_is_room() -> None:

@@ -140,6 +140,24 @@ def test_a_full_server_says_so(inner_server: StartServer) -> None:
     )
 
 
+def test_many_choices_take_turns_with_what_others_ask(inner_server: StartServer) -> None:
+    """Of 48 choices 16 run at a time; who comes then waits for one of them, not for all."""
+    server = inner_server()
+    engine = server.frontend.service.engine
+    with connect(server.url) as raw:
+        raw.sendall(request_bytes(n=48, stream=True, max_tokens=60))
+        assert raw.recv(12) == b"HTTP/1.1 200"
+        assert wait_until(lambda: engine.stats().running == 16)
+        assert engine.stats().waiting == 0
+        body = {"prompt": "x", "max_tokens": 1}
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+        assert sum(engine.stats().finished.values()) < 40
+        text = b""
+        while b"[DONE]" not in text:
+            text += raw.recv(65536)
+    assert text.count(b'"finish_reason":"length"') == 48
+
+
 def test_ctrl_c_ends_a_stream_with_an_error_and_the_server_with_zero(chat_model: Path) -> None:
     server = start_server(chat_model)
     with connect(server.url) as raw, connect(server.url) as waiting:

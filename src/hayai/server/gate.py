@@ -7,6 +7,11 @@ most 1 + w / r times that of a server that is just full, however long the answer
 keeps it at 1.5: the rest of the room to 2 is for the luck of the draw. Where answers are long that is still
 a long wait, so `queue_seconds` bounds the estimated wait as well.
 
+Who is refused. The engine is fair between tenants, but only to those that it sees: where the queue is full a
+tenant among several is still let in with its first request, and as long as it holds at most an equal share of
+the places, by up to max_running choices above the limit. Those that hold more get none of the places that
+fall free there, so one tenant can't lock the others out by filling the queue.
+
 What is refused is told when to come back. The rate at which choices leave is measured as
 (choices in flight) / (time that each was in flight), again Little's law, over the last twenty or so that
 were served. Retry-After is the time in which that rate makes room for those who were refused before (they
@@ -17,8 +22,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from time import monotonic
 
 from hayai.server.errors import ApiError
@@ -57,12 +64,14 @@ class Gate:
         self.request_timeout = request_timeout
         self.num_choices = 0
         """Choices in flight that somebody waits for."""
+        self.num_of_tenant: Counter[str] = Counter()
+        """Of `num_choices`, those of each tenant that has any."""
         self.num_background = 0
         """Choices in flight that nobody waits for (batches); they take no place from the others."""
         self.closing = False
         """No request is let in any more."""
         self._clock = clock
-        self._running: dict[asyncio.Task[None], tuple[float, int, int, bool]] = {}
+        self._running: dict[asyncio.Task[None], _Entry] = {}
         self._mean_seconds = 0.0
         self._mean_choices = 0.0
         self._backlog = 0.0
@@ -72,12 +81,13 @@ class Gate:
 
     # ------------------------------------------------------------------ who comes in
 
-    def check(self, num_choices: int, background: bool = False) -> None:
-        """ApiError 429 (code 'overloaded', Retry-After) where `num_choices` more would be too many, 503 where
-        the server is closing.
+    def check(self, num_choices: int, background: bool = False, tenant: str = "") -> None:
+        """ApiError 429 (code 'overloaded', Retry-After) where `num_choices` more of `tenant` would be too
+        many, 503 where the server is closing.
 
-        A request of more choices than could ever run at once counts as many as can: it fills the running
-        places, and the queue stays open for others.
+        A request of more choices than could ever run at once counts as many as can: no more of it are handed
+        to the engine at the same time (generate.py), so it fills the running places and leaves the queue, and
+        the turns of others, as they are.
         """
         if self.closing:
             raise shutting_down()
@@ -90,6 +100,9 @@ class Gate:
         wait = (after - self.max_running) / rate if rate else 0.0
         if after <= limit and wait <= self.queue_seconds:
             return
+        places = min(limit, self.max_running + self.queue_seconds * rate) if rate else limit
+        if self._below_share(tenant, weight, places):
+            return
         if after > limit:
             why = (
                 f"{self.num_choices} choices are running or waiting and {num_choices} more were asked for; "
@@ -99,6 +112,15 @@ class Gate:
             why = f"the wait would be about {wait:.0f} s; the longest is {self.queue_seconds:g} s"
         seconds = self._come_back(weight, max(after - limit, (wait - self.queue_seconds) * rate))
         raise ApiError(429, f"overloaded: {why}", code="overloaded", headers=_retry_after(seconds))
+
+    def _below_share(self, tenant: str, weight: int, places: float) -> bool:
+        """Whether a full server takes `weight` choices more of a tenant: one of several that has nothing
+        here, or stays within an equal share of the places."""
+        held = self.num_of_tenant[tenant]
+        num_tenants = len(self.num_of_tenant) + (held == 0)
+        if num_tenants == 1 or self.num_choices + weight > places + self.max_running:
+            return False
+        return held == 0 or held + weight <= places / num_tenants
 
     def _weight(self, num_choices: int) -> int:
         return min(num_choices, self.max_running)
@@ -141,25 +163,35 @@ class Gate:
 
     # ------------------------------------------------------------------ what is in flight
 
-    def enter(self, task: asyncio.Task[None], num_choices: int, background: bool = False) -> None:
-        """`task` answers a request from now on."""
+    def enter(
+        self, task: asyncio.Task[None], num_choices: int, background: bool = False, tenant: str = ""
+    ) -> None:
+        """`task` answers a request of `tenant` from now on."""
         weight = self._weight(num_choices)
         if background:
             self.num_background += weight
         else:
             self.num_choices += weight
-        self._running[task] = (self._clock(), self.num_choices, weight, background)
+            self.num_of_tenant[tenant] += weight
+        self._running[task] = _Entry(self._clock(), self.num_choices, weight, background, tenant)
         self._idle.clear()
 
     def leave(self, task: asyncio.Task[None], num_choices: int) -> None:
         """`task` is over; what it was served says how fast the server is."""
-        began, before, weight, background = self._running.pop(task)
-        if background:
+        entry = self._running.pop(task)
+        weight = entry.weight
+        if entry.background:
             self.num_background -= weight
         else:
             if task.done() and not task.cancelled() and task.exception() is None:
-                self._note(self._clock() - began, (before + self.num_choices) / 2)
+                seconds = (
+                    (self._clock() - entry.began) * weight / num_choices
+                )  # that a place was held by a choice
+                self._note(seconds, (entry.before + self.num_choices) / 2)
             self.num_choices -= weight
+            self.num_of_tenant[entry.tenant] -= weight
+            if not self.num_of_tenant[entry.tenant]:
+                del self.num_of_tenant[entry.tenant]
         if not self._running:
             self._idle.set()
 
@@ -190,6 +222,17 @@ class Gate:
         self.closing = True
         for task in self._running:
             task.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A request in flight. began: seconds; before: choices in flight then, its own included."""
+
+    began: float
+    before: int
+    weight: int
+    background: bool
+    tenant: str
 
 
 def shutting_down() -> ApiError:

@@ -113,9 +113,9 @@ class Generation(Response):
         """The whole answer without a socket. ApiError and RequestError as a client would get them."""
         num_choices = self._job.num_choices
         try:
-            self._gate.check(num_choices, self._in_background)
+            self._gate.check(num_choices, self._in_background, self._options.tenant)
             work = asyncio.create_task(self._collect())
-            self._gate.enter(work, num_choices, self._in_background)
+            self._gate.enter(work, num_choices, self._in_background, self._options.tenant)
             try:
                 await work
             except asyncio.CancelledError:
@@ -135,12 +135,13 @@ class Generation(Response):
 
     async def _serve(self, receive: Receive, send: Send) -> None:
         num_choices = self._job.num_choices
-        self._gate.check(num_choices)  # others may have come in while the prompt was tokenised
+        tenant = self._options.tenant
+        self._gate.check(num_choices, tenant=tenant)  # others may have come in while the prompt was tokenised
         run = self._stream if self._job.stream else self._answer
         work = asyncio.create_task(run(send))
         watch = asyncio.create_task(_disconnect(receive))
         awake = asyncio.create_task(self._keep_awake(send)) if self._job.stream else watch
-        self._gate.enter(work, num_choices)
+        self._gate.enter(work, num_choices, tenant=tenant)
         try:
             await asyncio.wait((work, watch, awake), return_when=asyncio.FIRST_COMPLETED)
             gone = not work.done()
@@ -332,7 +333,7 @@ class Generation(Response):
                 async for ready in stream:
                     yield 0, ready
             return
-        async with aclosing(_merge(streams)) as merged:
+        async with aclosing(_merge(streams, self._gate.max_running)) as merged:
             async for item in merged:
                 yield item
 
@@ -383,15 +384,20 @@ async def _disconnect(receive: Receive) -> None:
 
 
 async def _merge(
-    streams: Sequence[AsyncGenerator[list[TextChunk], None]],
+    streams: Sequence[AsyncGenerator[list[TextChunk], None]], max_running: int
 ) -> AsyncGenerator[tuple[int, list[TextChunk]], None]:
-    """Items of several streams in the order they come. The first error ends all of them."""
+    """Items of several streams in the order they come. The first error ends all of them.
+
+    At most `max_running` have begun and not ended: more could not run, and would have their turns before what
+    others ask meanwhile.
+    """
+    places = asyncio.Semaphore(max_running)
     queue: asyncio.Queue[tuple[int, list[TextChunk] | None, BaseException | None]] = asyncio.Queue()
 
     async def drain(index: int, stream: AsyncGenerator[list[TextChunk], None]) -> None:
         error: BaseException | None = None
         try:
-            async with aclosing(stream):
+            async with places, aclosing(stream):
                 async for ready in stream:
                     queue.put_nowait((index, ready, None))
         except Exception as e:

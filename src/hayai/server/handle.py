@@ -73,7 +73,7 @@ async def prepare(
     arrived: monotonic seconds. background: nobody waits for it, so it takes no place in the queue.
     """
     context.resolve_model(job.model, principal)
-    context.gate.check(job.num_choices, background)
+    context.gate.check(job.num_choices, background, principal.tenant)
     options = replace(
         job.options,
         tenant=principal.tenant,
