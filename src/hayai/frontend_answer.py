@@ -58,12 +58,14 @@ _GRAMMARS: Mapping[str, Callable[[Any, str, LimitsConfig], Grammar]] = {
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """Of one request. shown: control tokens that are text for the router. mistral_ids: of calls."""
+    """Of one request. shown: control tokens that are text for the router. mistral_ids: of calls. param: the
+    field that the mask was made from."""
 
     mask: GrammarMask | None = None
     router: Router | None = None
     shown: frozenset[int] = frozenset()
     mistral_ids: bool = False
+    param: str | None = None
 
 
 NO_FORM = AnswerForm()
@@ -91,14 +93,15 @@ class AnswerForms:
     ) -> AnswerForm:
         """The form of an answer to `ids`. RequestError: what can't be enforced."""
         thinking = self._thinking(prompt, ids)
-        mask = None
+        mask, param = None, None
         if options.needs_grammar:
-            mask = self._compile(self._grammar(options, thinking, warnings))
+            grammar = self._grammar(options, thinking, warnings)
+            mask, param = self._compile(grammar), grammar.param
         tools = {tool.name: tool.parameters for tool in options.active_tools}
         if not tools and not (thinking and options.reasoning):
-            return AnswerForm(mask)
+            return AnswerForm(mask, param=param)
         router = Router(thinking if options.reasoning else None, self._format if tools else None, tools)
-        return AnswerForm(mask, router, self._shown(), self._format.name == "mistral")
+        return AnswerForm(mask, router, self._shown(), self._format.name == "mistral", param)
 
     def _thinking(self, prompt: Prompt, ids: Sequence[int]) -> tuple[str, str, bool] | None:
         """(opening, closing, whether the prompt has opened it); None where there will be no reasoning."""
@@ -232,7 +235,7 @@ class RichAssembler(TextAssembler):
         generate: bool = True,
         form: AnswerForm = NO_FORM,
     ) -> None:
-        super().__init__(tokenizer, params, prompt_tokens, arrived, form.shown)
+        super().__init__(tokenizer, params, prompt_tokens, arrived, form.shown, form.param)
         self._generate = generate
         self._router = form.router
         self._new_id = mistral_call_id if form.mistral_ids else call_id

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from hayai.engine.request import Logprob, RequestTiming, SamplingParams, TokenEvent
 from hayai.engine.service import EngineError
+from hayai.errors import RequestError
 from hayai.frontend_request import ToolCall, ToolCallDelta
 from hayai.frontend_stops import StopMatcher
 from hayai.text.detokenizer import Detokenizer
@@ -51,7 +52,8 @@ class TextChunk(NamedTuple):
 class TextAssembler:
     """Turns the events of one request into chunks. The only place where text is made.
 
-    tokenizer None: a model without a vocabulary, whose chunks have tokens and no text.
+    tokenizer None: a model without a vocabulary, whose chunks have tokens and no text. grammar_param: the
+    field that the request's grammar was made from.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class TextAssembler:
         prompt_tokens: int,
         arrived: float,
         shown: frozenset[int] = frozenset(),
+        grammar_param: str | None = None,
     ) -> None:
+        self._grammar_param = grammar_param
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, shown=shown)
         self._vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
         self._matcher = StopMatcher(params.stop) if params.stop else None
@@ -78,7 +82,8 @@ class TextAssembler:
         """The engine is done with the request too: there is nothing to abort."""
 
     def push(self, event: TokenEvent) -> TextChunk | None:
-        """The chunk that this event completes, if any. EngineError when the engine failed."""
+        """The chunk that this event completes, if any. EngineError when the engine failed, RequestError when
+        the request's own grammar did."""
         if event.timing is not None:
             self._timing = event.timing
         if event.finish_reason is not None:
@@ -125,7 +130,10 @@ class TextAssembler:
         assert reason is not None
         if reason == "error":
             self.finished = True
-            raise EngineError(event.error or "the engine failed")
+            message = event.error or "the engine failed"
+            if event.own_fault:
+                raise RequestError(message, param=self._grammar_param, code="invalid_grammar")
+            raise EngineError(message)
         text = self._take(event) if reason == "length" else ""
         if self._detokenizer is not None:
             rest = self._detokenizer.flush()

@@ -387,3 +387,28 @@ def test_no_vocabulary_no_grammar(make_frontend: MakeFrontend) -> None:
     with pytest.raises(RequestError, match="no vocabulary"):
         frontend.iterate(Prompt(token_ids=(5,)), GREEDY, RequestOptions(constraint=Constraint("json")))
     assert TOKENIZER is not None
+
+
+# ---------------------------------------------------------------- grammars that fail on the way
+
+EXPLODES = Constraint("regex", "((a{1,100}){1,100}){1,100}", "guided_regex")
+"""Compiles, and needs too many states once some tens of characters have been written."""
+
+
+@pytest.mark.parametrize("tools", [(), (NOW,)])
+async def test_a_grammar_that_fails_on_the_way_is_the_request_s_fault(
+    make_frontend: MakeFrontend, tools: tuple[Tool, ...]
+) -> None:
+    prompt, options = Prompt(messages=HELLO), RequestOptions(constraint=EXPLODES, tools=tools)
+    frontend = saying(make_frontend, HERMES, "a" * 200, prompt, options)
+    written: list[TextChunk] = []
+    with pytest.raises(RequestError, match="can't be followed further") as caught:
+        async with aclosing(frontend.stream_tokens(prompt, GREEDY, options=options)) as stream:
+            async for chunks in stream:
+                written += chunks
+    assert (caught.value.param, caught.value.code) == ("guided_regex", "invalid_grammar")
+    assert 5 < len(join_chunks(written).token_ids) < 200, "what came before it was given out"
+    with pytest.raises(RequestError, match="can't be followed further"):
+        frontend.generate([prompt], GREEDY, options)
+    (plain,) = frontend.generate([prompt], SamplingParams(temperature=0, max_tokens=5))
+    assert plain.text == "aaaaa"

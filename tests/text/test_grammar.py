@@ -226,6 +226,13 @@ def test_the_cache_is_bounded() -> None:
         (lambda: schema({"type": "array", "uniqueItems": True}), ["uniqueItems"]),
         (lambda: schema({"type": "dict"}), ["dict"]),
         (lambda: schema({"$ref": "http://example.com/a"}), ["example.com"]),
+        (lambda: schema({"$ref": "#"}), ["no text at all", "back to itself"]),
+        (lambda: schema({"allOf": [{"$ref": "#"}]}), ["back to itself"]),
+        (
+            lambda: schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
+            ["a $ref or a rule leads only back to itself"],
+        ),
+        (lambda: grammars.lark_grammar('start: start "a"', "p"), ["back to itself"]),
         (lambda: schema({"type": "string", "format": "moon"}), ["moon"]),
         (lambda: schema(False), ["false"]),
         (lambda: schema([]), ["list"]),
@@ -262,6 +269,11 @@ def _deep(levels: int) -> dict[str, Any]:
     for _ in range(levels):
         inner = {"type": "array", "items": inner}
     return inner
+
+
+def test_a_schema_may_refer_to_itself_where_there_is_an_end() -> None:
+    tree = {"type": "object", "properties": {"a": {"$ref": "#"}}, "additionalProperties": False}
+    assert accepts("bpe", schema(tree), '{"a":{"a":{}}}') and not accepts("bpe", schema(tree), '{"a":1}')
 
 
 def test_a_schema_can_not_change_our_options() -> None:

@@ -180,15 +180,20 @@ class GrammarMask:
                 words[token >> 5] |= 1 << (token & 31)
             return
         matcher.unsafe_compute_mask_ptr(words.ctypes.data, self._num_bytes)
-        if matcher.is_error():
-            raise RuntimeError(f"the grammar can't be followed further: {_reason(matcher)}")
+        self._check()
 
     def accept(self, token: int) -> None:
-        """Go on with a token. ValueError where the grammar forbids it; the state is then as before."""
+        """Go on with a token. ValueError where the grammar forbids it; the state is then as before.
+        RuntimeError as of `fill`."""
         if token in self._end_ids and self._matcher.is_accepting():
             self._num_ends += 1
         elif self._num_ends or self._matcher.try_consume_tokens([token]) != 1:
+            self._check()
             raise ValueError(f"token {token} is not what the grammar allows here")
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RuntimeError(f"the grammar can't be followed further: {_reason(self._matcher)}")
 
     def rollback(self, count: int) -> None:
         """Take back the last `count` accepted tokens."""
@@ -293,9 +298,22 @@ _SCHEMA_ERROR = re.compile(
 )
 
 
+_STOPS: Mapping[str, str] = {
+    "NoExtensionBias": "it allows no text at all, as where a $ref or a rule leads only back to itself",
+    "NoExtension": "it allows no more than the empty text",
+    "MaxTokensTotal": "it allows no more tokens",
+    "MaxTokensParser": "it allows no more tokens",
+    "ParserTooComplex": "it is too ambiguous to be followed",
+    "LexerTooComplex": "its regular expressions are too large to be followed",
+    "InternalError": "the grammar library failed on it",
+}
+"""llguidance's names for why it stops -> what they mean."""
+
+
 def _reason(matcher: LLMatcher) -> str:
     """llguidance's words, without the position of a schema in a line that we wrote ourselves."""
     text = matcher.get_error().partition("<non-verbose/>")[0].strip()
+    text = _STOPS.get(text, text)
     found = _SCHEMA_ERROR.match(text)
     return (f"the JSON schema can't be enforced: {found[1].strip()}" if found else text)[:500]
 
