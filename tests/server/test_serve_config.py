@@ -23,6 +23,7 @@ import pytest
 
 from hayai.config import ServerConfig
 from hayai.errors import ConfigError
+from hayai.server.storage import Database
 from hayai.server.tls import Certificate, certificate_of
 from hayai_process import COMMAND
 from server_process import ServerProcess, start_server
@@ -157,6 +158,27 @@ def test_files_that_are_no_certificate(tmp_path: Path) -> None:
     assert certificate_of(ServerConfig(tls_cert=other, tls_key=other_key)) is not None
 
 
+# ---------------------------------------------------------------- several tenants
+
+
+def test_a_tenant_that_fills_the_server_leaves_others_a_way_in(chat_model: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "hayai.db")
+    with Database(path) as database:
+        much, little = (database.create_key(tenant)[0] for tenant in ("much", "little"))
+    server = start_server(chat_model, "--database", path, "--max-waiting", "0")
+
+    def ask(key: str, **more: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.post(f"{server.url}/v1/completions", json=SHORT | more, headers=headers, timeout=30)
+
+    stream = Stream(server, {"authorization": f"Bearer {much}"}, n=16)
+    reply = ask(much)
+    assert reply.status_code == 429 and reply.json()["error"]["code"] == "overloaded"
+    assert ask(little).status_code == 200
+    assert server.interrupt() == (0, "stopped\n")
+    assert "[DONE]" not in stream.end()
+
+
 # ---------------------------------------------------------------- the end
 
 
@@ -173,9 +195,10 @@ def slow(chat_model: Path) -> Iterator[list[ServerProcess]]:
 class Stream:
     """A completion that is being read on a thread of its own."""
 
-    def __init__(self, server: ServerProcess, **more: Any) -> None:
+    def __init__(self, server: ServerProcess, headers: dict[str, str] | None = None, **more: Any) -> None:
         self.text = ""
         self._url = f"{server.url}/v1/completions"
+        self._headers = headers
         self._body = {**LONG, "stream": True, **more}
         self._begun = threading.Event()
         self._thread = threading.Thread(target=self._read)
@@ -184,7 +207,8 @@ class Stream:
 
     def _read(self) -> None:
         cut = contextlib.suppress(httpx.RemoteProtocolError)  # by a server that did not wait
-        with cut, httpx.stream("POST", self._url, json=self._body, timeout=30) as reply:
+        request: dict[str, Any] = {"json": self._body, "headers": self._headers, "timeout": 30}
+        with cut, httpx.stream("POST", self._url, **request) as reply:
             for text in reply.iter_text():
                 self.text += text
                 self._begun.set()
