@@ -175,9 +175,12 @@ def test_thinking_may_be_left_out_of_the_answer() -> None:
 def test_a_format_of_either_name_is_a_constraint() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     form = {"type": "json_schema", "schema": schema}
-    expected = Constraint("json_schema", schema)
-    assert parse(output_config={"format": form}).options.constraint == expected
-    assert parse(output_format=form).options.constraint == expected
+    for fields, param in (
+        ({"output_config": {"format": form}}, "output_config.format.schema"),
+        ({"output_format": form}, "output_format.schema"),
+    ):
+        expected = Constraint("json_schema", schema, param)
+        assert parse(**fields).options.constraint == expected, "errors name the field that the client sent"
 
 
 def test_no_tokens_only_fills_the_cache() -> None:

@@ -408,3 +408,15 @@ def test_a_model_without_a_vocabulary_serves_token_ids(
             assert error["code"] == "no_vocabulary" and error["param"] == field
         error = error_of(http.post(COMPLETION, json={"prompt": [1], "stop": "x"}))
         assert error["param"] == "stop"
+
+
+def test_a_grammar_that_fails_on_the_way_is_no_failure_of_the_server(http: httpx.Client) -> None:
+    """Clients try again after a 503; the same request would only fail again."""
+    body = {"prompt": "x", "max_tokens": 200, "temperature": 0, "guided_regex": "((a{1,100}){1,100}){60,100}"}
+    error = error_of(http.post(COMPLETION, json=body))
+    assert (error["param"], error["code"]) == ("guided_regex", "invalid_grammar")
+    assert error["type"] == "invalid_request_error"
+    with http.stream("POST", COMPLETION, json=body | {"stream": True}) as reply:
+        events = [line[6:] for line in reply.iter_lines() if line.startswith("data: ")]
+    assert reply.status_code == 200 and len(events) > 1 and events[-1] != "[DONE]"
+    assert json.loads(events[-1])["error"]["code"] == "invalid_grammar"

@@ -328,7 +328,7 @@ def _constraint(body: MessagesRequest, limits: LimitsConfig) -> Constraint | Non
         refuse("output_format", "output_format and output_config.format are the same; give one of them")
     for form, where in ((new, "output_config.format.schema"), (body.output_format, "output_format.schema")):
         if form is not None:
-            return Constraint("json_schema", check_schema(form.json_schema, where, limits))
+            return Constraint("json_schema", check_schema(form.json_schema, where, limits), where)
     return None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import orjson
@@ -231,7 +231,7 @@ def one_constraint(found: Mapping[str, Constraint | None]) -> Constraint | None:
     if len(asked) > 1:
         names = sorted(asked)
         refuse(names[1], f"{' and '.join(names)} both give the form of the answer; use one of them")
-    return next(iter(asked.values()), None)
+    return next((replace(constraint, param=name) for name, constraint in asked.items()), None)
 
 
 def _constraint(kind: ConstraintKind, value: object, where: str, limits: LimitsConfig) -> Constraint:
