@@ -14,7 +14,9 @@ import pytest
 from openai import OpenAI
 
 from hayai.server import batch_runner, batches
+from hayai.server.access import Access
 from hayai.server.batch_store import Batch, BatchStore, Result, StoredFile
+from hayai.server.errors import ApiError
 from server_process import InnerServer
 
 CHAT = "/v1/chat/completions"
@@ -189,6 +191,40 @@ def test_a_cancelled_batch_keeps_what_it_has(inner_server: StartServer) -> None:
         assert {row["custom_id"] for row in [*good, *bad]} == {str(i) for i in range(200)}
         assert client.batches.cancel(batch.id).status == "cancelled"
         client.files.delete(batch.input_file_id)
+
+
+def test_a_revoked_key_ends_its_batch(inner_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start(inner_server, batch_parallel=1) as client:
+        lines = [text_line(str(i), max_tokens=60, ignore_eos=True) for i in range(300)]
+        batch = create(client, lines, COMPLETION)
+        while client.batches.retrieve(batch.id).request_counts.completed < 3:
+            time.sleep(0.02)
+        monkeypatch.setattr(Access, "principal", lambda self, key_id: None)
+        batch = ended(client, batch.id)
+        assert batch.status == "cancelled" and 3 <= batch.request_counts.completed < 300
+        assert [error.code for error in batch.errors.data] == ["invalid_api_key"]
+
+
+@pytest.mark.parametrize(
+    ("code", "tries"),
+    [("engine_unavailable", batch_runner.MAX_ENGINE_FAILURES + 1), ("insufficient_quota", 1)],
+)
+def test_an_error_that_lasts_is_the_lines_result(
+    inner_server: StartServer, monkeypatch: pytest.MonkeyPatch, code: str, tries: int
+) -> None:
+    calls = []
+
+    async def fail(*args: Any) -> bytes:
+        calls.append(args)
+        raise ApiError(503, "it does not work", code=code, headers={"Retry-After": "0.01"})
+
+    monkeypatch.setattr(batch_runner, "run_job", fail)
+    with start(inner_server) as client:
+        batch = ended(client, create(client, [chat_line("a")]).id)
+        assert batch.status == "completed" and batch.request_counts.failed == 1
+        (row,) = rows(client, batch.error_file_id)
+        assert row["response"]["body"]["error"]["code"] == code
+    assert len(calls) == tries
 
 
 def test_a_batch_expires(inner_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,9 @@ def test_a_file_expires(client: OpenAI) -> None:
         upload(client, expires_after={**after, "seconds": 10})
 
 
+SOON = {"purpose": "batch", "expires_after[anchor]": "created_at"}
+
+
 @pytest.mark.parametrize(
     ("files", "data", "text"),
     [
@@ -75,6 +78,8 @@ def test_a_file_expires(client: OpenAI) -> None:
         ({"file": LINE}, {"purpose": "batch"} | {f"f{i}": "x" for i in range(9)}, "at most 8 fields"),
         ([("file", LINE), ("file", LINE)], {"purpose": "batch"}, "one file per upload"),
         ({"file": LINE}, {"purpose": "batch", "expires_after[seconds]": "3600"}, "must be created_at"),
+        ({"file": LINE}, SOON | {"expires_after[seconds]": "360000000x"}, "seconds must be from"),
+        ({"file": LINE}, SOON | {"expires_after[seconds]": "²"}, "seconds must be from"),
     ],
 )
 def test_bad_forms(http: httpx.Client, files: Any, data: Any, text: str) -> None:

@@ -71,6 +71,9 @@ def test_a_conversation_goes_on_from_an_id(client: OpenAI) -> None:
     items = list(client.responses.input_items.list(third.id, order="asc", limit=2))  # the client pages
     assert [item.type for item in items] == ["message"] * 5
     assert [item.content[0].text for item in items[::2]] == ["One.", "Two.", "Three."]
+    for limit in ("%C2%B2", "0", "999999"):  # a superscript two is a digit, and no number
+        with pytest.raises(openai.BadRequestError, match="limit must be"):
+            client.get(f"/responses/{third.id}/input_items?limit={limit}", cast_to=object)
     newest = client.responses.input_items.list(third.id, limit=1)
     assert newest.data[0].content[0].text == "Three." and newest.has_more
 

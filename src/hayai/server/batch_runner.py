@@ -58,6 +58,23 @@ MAX_LATER_SECONDS = 30.0
 _log = logging.getLogger("hayai.server")
 _LINE_FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
+REVOKED = (("invalid_api_key", "the key that made this batch has been revoked", None, None),)
+
+PASSING = frozenset(
+    {
+        "overloaded",
+        "rate_limit_exceeded",
+        "too_many_parallel_requests",
+        "shutting_down",
+        "engine_unavailable",
+        "ledger_unavailable",
+    }
+)
+"""Codes of errors that pass: such a line is tried again. All others are the line's result."""
+
+MAX_ENGINE_FAILURES = 3
+"""Times that the engine may fail under a line before that is the line's result."""
+
 
 @dataclass
 class _Running:
@@ -196,8 +213,7 @@ class BatchRunner:
         """Take a batch as far as it goes; whether that is its end."""
         principal = self.context.access.principal(batch.key_id)
         if principal is None:
-            errors = (("invalid_api_key", "the key that made this batch has been revoked", None, None),)
-            await self._update(batch, ("validating", "in_progress"), status="cancelling", errors=errors)
+            await self._update(batch, ("validating", "in_progress"), status="cancelling", errors=REVOKED)
         elif batch.status == "validating":
             await self._validate(batch)
         batch = await self._fresh(batch)
@@ -255,6 +271,11 @@ class BatchRunner:
             if time.monotonic() - looked < LOOK_SECONDS:
                 return True
             looked = time.monotonic()
+            principal = self.context.access.principal(batch.key_id)
+            if principal is None:
+                await self._update(batch, ("in_progress",), status="cancelling", errors=REVOKED)
+            else:
+                running.principal = principal  # its tenant's limits and models may have changed
             return (await self._fresh(batch)).status == "in_progress"
 
         try:
@@ -307,7 +328,8 @@ class BatchRunner:
             body = await run_job(self.context, running.principal, job, batch.endpoint)
         except Exception as error:
             shown = as_api_error(error)
-            if shown.status in (429, 503):
+            lasting = shown.code == "engine_unavailable" and attempt >= MAX_ENGINE_FAILURES
+            if shown.code in PASSING and not lasting:
                 await self._later(running, number, raw, shown)
                 return None
             if shown.status >= 500 and not isinstance(error, ApiError | RequestError):

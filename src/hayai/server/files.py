@@ -257,7 +257,8 @@ class Form:
         if anchor != "created_at":
             raise _bad("expires_after.anchor", f"expires_after.anchor must be created_at: {anchor!r:.40}")
         low, high = EXPIRES_RANGE
-        number = int(seconds) if seconds and seconds.isascii() and seconds[:9].isdigit() else -1
+        plain = seconds is not None and seconds.isascii() and seconds.isdigit() and len(seconds) < 10
+        number = int(seconds) if seconds is not None and plain else -1
         if not low <= number <= high:
             raise _bad("expires_after.seconds", f"expires_after.seconds must be from {low} to {high}")
         return now + number

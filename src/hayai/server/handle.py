@@ -127,7 +127,7 @@ async def read_body(request: Request, limit: int, content_type: str = "applicati
         shown = repr(found[:80]) if found else "none"
         raise ApiError(415, f"Content-Type must be {content_type}: {shown}", code="unsupported_media_type")
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
+    if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
         raise _too_large(limit, declared)
     parts: list[bytes] = []
     size = 0

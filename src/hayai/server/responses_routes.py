@@ -192,7 +192,7 @@ def _page(items: list[dict[str, Any]], query: Any) -> dict[str, Any]:
         query.get("order", "desc"),
         query.get("after"),
     )
-    if not (limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= MAX_PAGE):
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= MAX_PAGE):
         refuse("limit", f"limit must be from 1 to {MAX_PAGE}: {limit[:40]!r}")
     if order not in ("asc", "desc"):
         refuse("order", f"order must be asc or desc: {order[:40]!r}")
