@@ -17,7 +17,9 @@ from hayai.server import batch_runner, batches
 from hayai.server.access import Access
 from hayai.server.batch_store import Batch, BatchStore, Result, StoredFile
 from hayai.server.errors import ApiError
-from server_process import InnerServer
+from hayai.server.handle import run_job
+from hayai.server.storage import Database
+from server_process import InnerServer, start_server
 
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
@@ -205,6 +207,63 @@ def test_a_revoked_key_ends_its_batch(inner_server: StartServer, monkeypatch: py
         assert [error.code for error in batch.errors.data] == ["invalid_api_key"]
 
 
+def test_no_line_runs_once_the_key_is_revoked(
+    inner_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line after the one during which it was revoked is the first that does not run."""
+    calls = []
+
+    async def run_and_revoke(*args: Any) -> bytes:
+        calls.append(args)
+        body = await run_job(*args)
+        monkeypatch.setattr(Access, "principal", lambda self, key_id: None)
+        return body
+
+    monkeypatch.setattr(batch_runner, "run_job", run_and_revoke)
+    with start(inner_server, batch_parallel=1) as client:
+        batch = ended(client, create(client, [chat_line(str(i)) for i in range(20)]).id)
+        assert batch.status == "cancelled" and batch.request_counts.completed == len(calls) == 1
+        assert batch.request_counts.failed == 19
+
+
+def test_lines_run_as_their_key_may_now(chat_model: Path, tmp_path: Path) -> None:
+    """Under two batches: the tenant's models change, the key is revoked."""
+    path = str(tmp_path / "keys.db")
+    with Database(path) as database:
+        key, record = database.create_key("acme")
+        watching, _ = database.create_key("acme")
+        options = ("--database", path, "--state-dir", str(tmp_path / "state"))
+        server = start_server(chat_model, *options)
+        to_server: dict[str, Any] = {"base_url": f"{server.url}/v1", "max_retries": 0}
+        try:
+            with OpenAI(api_key=key, **to_server) as client, OpenAI(api_key=watching, **to_server) as watcher:
+                lines = [text_line(str(i), max_tokens=60, ignore_eos=True) for i in range(600)]
+                first = begun(watcher, create(client, lines, COMPLETION).id)
+                database.set_tenant("acme", {"models": frozenset({"another"})})
+                batch = ended(watcher, first)
+                assert batch.status == "completed" and 3 <= batch.request_counts.completed < 600
+                bad = rows(watcher, batch.error_file_id)
+                assert {row["response"]["body"]["error"]["code"] for row in bad} == {"model_not_allowed"}
+                database.set_tenant("acme", {"models": None})
+                time.sleep(1.0)  # a running server follows within about a second
+                second = begun(watcher, create(client, lines, COMPLETION).id)
+                database.revoke_key(record.key_id)
+                batch = ended(watcher, second)
+                assert batch.status == "cancelled" and 3 <= batch.request_counts.completed < 600
+                assert [error.code for error in batch.errors.data] == ["invalid_api_key"]
+            assert server.interrupt() == (0, "stopped\n")
+        finally:
+            server.process.kill()
+            server.process.wait()
+
+
+def begun(client: OpenAI, batch_id: str) -> str:
+    """The batch once some of its lines are done."""
+    while client.batches.retrieve(batch_id).request_counts.completed < 3:
+        time.sleep(0.02)
+    return batch_id
+
+
 @pytest.mark.parametrize(
     ("code", "tries"),
     [("engine_unavailable", batch_runner.MAX_ENGINE_FAILURES + 1), ("insufficient_quota", 1)],
@@ -225,6 +284,62 @@ def test_an_error_that_lasts_is_the_lines_result(
         (row,) = rows(client, batch.error_file_id)
         assert row["response"]["body"]["error"]["code"] == code
     assert len(calls) == tries
+
+
+def test_only_failures_of_the_engine_are_counted(
+    inner_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = ["shutting_down"] * 5 + ["engine_unavailable"] * batch_runner.MAX_ENGINE_FAILURES
+
+    async def fail_for_a_while(*args: Any) -> bytes:
+        if codes:
+            raise ApiError(503, "not now", code=codes.pop(0), headers={"Retry-After": "0.01"})
+        return await run_job(*args)
+
+    monkeypatch.setattr(batch_runner, "run_job", fail_for_a_while)
+    with start(inner_server) as client:
+        batch = ended(client, create(client, [chat_line("a")]).id)
+        assert not codes and vars(batch.request_counts) == {"total": 1, "completed": 1, "failed": 0}
+
+
+def test_a_line_that_waits_holds_no_other_up(
+    inner_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    async def refuse_the_first(*args: Any) -> bytes:
+        calls.append(args[2].request_id)
+        if len(calls) == 1:
+            raise ApiError(429, "not now", code="rate_limit_exceeded", headers={"Retry-After": "3"})
+        return await run_job(*args)
+
+    monkeypatch.setattr(batch_runner, "run_job", refuse_the_first)
+    with start(inner_server, batch_parallel=1) as client:
+        names = [str(i) for i in range(10)]
+        batch = ended(client, create(client, [chat_line(name) for name in names]).id)
+        assert batch.status == "completed" and batch.request_counts.completed == 10
+        assert [row["custom_id"] for row in rows(client, batch.output_file_id)] == names
+    assert calls[-1] == calls[0] and len(set(calls)) == 10 and len(calls) == 11
+
+
+def test_lines_that_wait_are_few(inner_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every line is refused, the file is not read into memory, and the batch can still be cancelled."""
+    calls = []
+
+    async def refuse(*args: Any) -> bytes:
+        calls.append(args[2].request_id)
+        raise ApiError(429, "not now", code="rate_limit_exceeded", headers={"Retry-After": "30"})
+
+    monkeypatch.setattr(batch_runner, "run_job", refuse)
+    with start(inner_server, batch_parallel=2) as client:
+        batch = create(client, [chat_line(str(i)) for i in range(200)])
+        seen = -1
+        while not calls or seen != len(calls):
+            seen = len(calls)
+            time.sleep(0.5)
+        assert 16 <= len(calls) <= 16 + 2 and len(set(calls)) == len(calls)
+        client.batches.cancel(batch.id)
+        assert ended(client, batch.id, 10).status == "cancelled"
 
 
 def test_a_batch_expires(inner_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:

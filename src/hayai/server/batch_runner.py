@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import heapq
 import logging
 import sqlite3
 import time
@@ -28,7 +29,6 @@ import orjson
 
 from hayai.engine.request import BATCH
 from hayai.errors import RequestError
-from hayai.server.access import Principal
 from hayai.server.batch_store import OPEN, Batch, BatchStore, Result
 from hayai.server.context import ServerContext
 from hayai.server.errors import ApiError, as_api_error
@@ -81,9 +81,8 @@ class _Running:
     """A batch while it is run."""
 
     batch: Batch
-    principal: Principal
-    again: deque[tuple[int, bytes]] = field(default_factory=deque)
-    not_before: float = 0.0
+    waiting: list[tuple[float, int, bytes]] = field(default_factory=list)
+    """Lines to try again, soonest first (a heap): monotonic time, number, bytes."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     results: list[Result] = field(default_factory=list)
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -213,12 +212,12 @@ class BatchRunner:
         """Take a batch as far as it goes; whether that is its end."""
         principal = self.context.access.principal(batch.key_id)
         if principal is None:
-            await self._update(batch, ("validating", "in_progress"), status="cancelling", errors=REVOKED)
+            await self._revoked(batch)
         elif batch.status == "validating":
             await self._validate(batch)
         batch = await self._fresh(batch)
         if principal is not None and batch.status == "in_progress":
-            await self._run_lines(_Running(batch, principal))
+            await self._run_lines(_Running(batch))
             batch = await self._fresh(batch)
         if batch.final:
             return True
@@ -246,6 +245,9 @@ class BatchRunner:
     async def _update(self, batch: Batch, expected: tuple[str, ...], **changes: Any) -> Batch | None:
         return await asyncio.to_thread(lambda: self.store.update_batch(batch.id, expected, **changes))
 
+    async def _revoked(self, batch: Batch) -> None:
+        await self._update(batch, ("validating", "in_progress"), status="cancelling", errors=REVOKED)
+
     async def _validate(self, batch: Batch) -> Batch | None:
         """'in_progress' where every line is a request, else 'failed' with the reasons."""
         max_bytes = self.context.config.max_body_bytes
@@ -262,37 +264,34 @@ class BatchRunner:
         done = await asyncio.to_thread(self.store.done_lines, batch.id)
         lines = self.store.lines(batch.input_file_id, self.context.config.max_body_bytes)
         ahead: deque[tuple[int, bytes]] = deque()
+        most = max(16, 2 * self.parallel)  # lines in memory: read ahead, and put back for later
         looked = 0.0
 
         async def wanted() -> bool:
             nonlocal looked
             if self.context.gate.closing or time.time() >= batch.expires_at:
                 return False
+            if self.context.access.principal(batch.key_id) is None:
+                await self._revoked(batch)
+                return False
             if time.monotonic() - looked < LOOK_SECONDS:
                 return True
             looked = time.monotonic()
-            principal = self.context.access.principal(batch.key_id)
-            if principal is None:
-                await self._update(batch, ("in_progress",), status="cancelling", errors=REVOKED)
-            else:
-                running.principal = principal  # its tenant's limits and models may have changed
             return (await self._fresh(batch)).status == "in_progress"
 
         try:
             while await wanted():
-                if running.again:
-                    ahead.extendleft(reversed(running.again))
-                    running.again.clear()
                 if not ahead:
-                    ahead.extend(await asyncio.to_thread(_take, lines, done, max(16, 2 * self.parallel)))
-                wait = running.not_before - time.monotonic()
-                if wait > 0:
-                    await asyncio.sleep(min(wait, LOOK_SECONDS))
-                elif ahead:
+                    ahead.extend(await asyncio.to_thread(_take, lines, done, most))
+                waiting = running.waiting
+                if waiting and waiting[0][0] <= time.monotonic():
+                    if await self._take_place(wanted):
+                        self._launch(running, *heapq.heappop(waiting)[1:])
+                elif ahead and len(waiting) < most:
                     if await self._take_place(wanted):
                         self._launch(running, *ahead.popleft())
-                elif running.tasks:
-                    await asyncio.wait(running.tasks, return_when=asyncio.FIRST_COMPLETED)
+                elif running.tasks or waiting:
+                    await _pause(running)
                 else:
                     break
         finally:
@@ -315,8 +314,12 @@ class BatchRunner:
         task.add_done_callback(running.tasks.discard)
 
     async def _line(self, running: _Running, number: int, raw: bytes) -> Result | None:
-        """A line's result; None where it has to be tried again."""
+        """A line's result; None where it has to be tried again, or its key is revoked."""
         batch = running.batch
+        principal = self.context.access.principal(batch.key_id)  # as it is now: priority, models
+        if principal is None:
+            await self._revoked(batch)
+            return None
         line = orjson.loads(raw)
         custom_id = line["custom_id"]
         attempt = int(batch.attempts.get(str(number), 0))
@@ -325,11 +328,10 @@ class BatchRunner:
             job = ENDPOINTS[batch.endpoint](orjson.dumps(line["body"]), self.context)
             job = line_job(job, batch.id, number, attempt)
             request_id = job.request_id or ""
-            body = await run_job(self.context, running.principal, job, batch.endpoint)
+            body = await run_job(self.context, principal, job, batch.endpoint)
         except Exception as error:
             shown = as_api_error(error)
-            lasting = shown.code == "engine_unavailable" and attempt >= MAX_ENGINE_FAILURES
-            if shown.code in PASSING and not lasting:
+            if shown.code in PASSING and not self._lasting(running, number, shown):
                 await self._later(running, number, raw, shown)
                 return None
             if shown.status >= 500 and not isinstance(error, ApiError | RequestError):
@@ -343,16 +345,24 @@ class BatchRunner:
             number, True, answer, usage.get("prompt_tokens", 0), cached, usage.get("completion_tokens", 0)
         )
 
+    def _lasting(self, running: _Running, number: int, error: ApiError) -> bool:
+        """Whether the engine has failed under a line too often to try it again."""
+        failures = running.batch.engine_failures.get(str(number), 0)
+        return error.code == "engine_unavailable" and failures >= MAX_ENGINE_FAILURES
+
     async def _later(self, running: _Running, number: int, raw: bytes, error: ApiError) -> None:
-        """Put a line back. One that was cut off by the server itself is a new attempt, with a new id."""
-        running.again.append((number, raw))
-        seconds = float(error.headers.get("Retry-After", POLL_SECONDS))
-        running.not_before = time.monotonic() + min(seconds, MAX_LATER_SECONDS)
+        """Put a line back, for its own time: other lines go on. One that was cut off by the server itself is
+        a new attempt, with a new id."""
         if error.status == 503:
             batch = running.batch
-            attempts = {**batch.attempts, str(number): int(batch.attempts.get(str(number), 0)) + 1}
-            running.batch = replace(batch, attempts=attempts)
-            await self._update(batch, ("in_progress", "cancelling"), attempts=attempts)
+            changes: dict[str, Any] = {"attempts": _one_more(batch.attempts, number)}
+            if error.code == "engine_unavailable":
+                changes["engine_failures"] = _one_more(batch.engine_failures, number)
+            running.batch = replace(batch, **changes)
+            await self._update(batch, ("in_progress", "cancelling"), **changes)
+        seconds = float(error.headers.get("Retry-After", POLL_SECONDS))
+        due = time.monotonic() + min(seconds, MAX_LATER_SECONDS)
+        heapq.heappush(running.waiting, (due, number, raw))
 
     async def _write(self, running: _Running, result: Result) -> None:
         """Enter a result, together with those that came while others were written."""
@@ -396,6 +406,21 @@ _UNRUN = {
     "expired": ("batch_expired", "this request was not run before the completion window ended"),
     "cancelled": ("batch_cancelled", "this request was not run before the batch was cancelled"),
 }
+
+
+def _one_more(counts: Mapping[str, int], number: int) -> dict[str, int]:
+    return {**counts, str(number): counts.get(str(number), 0) + 1}
+
+
+async def _pause(running: _Running) -> None:
+    """Until a line ends, one that waits is due, or it is time to look at the batch again."""
+    seconds = LOOK_SECONDS
+    if running.waiting:
+        seconds = min(seconds, max(0.0, running.waiting[0][0] - time.monotonic()))
+    if running.tasks:
+        await asyncio.wait(running.tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    else:
+        await asyncio.sleep(seconds)
 
 
 def _take(lines: Iterator[tuple[int, bytes]], done: set[int], count: int) -> list[tuple[int, bytes]]:

@@ -46,7 +46,7 @@ CREATE TABLE IF NOT EXISTS results (
   batch_id TEXT NOT NULL, line INTEGER NOT NULL, ok INTEGER NOT NULL, data BLOB NOT NULL,
   PRIMARY KEY (batch_id, line));
 """
-VERSION = 1
+VERSION = 2
 
 SWEEP_SECONDS = 3600
 """Age from which content without a file is nobody's."""
@@ -75,7 +75,8 @@ class StoredFile:
 class Batch:
     """A batch's card. key_id: whose work it is. times: when it came into each state. errors: those of
     validation: (code, message, param, line from 0). attempts: line -> how often a server that stopped has cut
-    it off; lines that never were are not listed."""
+    it off; lines that never were are not listed. engine_failures: the same, of the engine failing under it.
+    """
 
     id: str
     tenant: str
@@ -100,6 +101,7 @@ class Batch:
     metadata: Mapping[str, str] | None = None
     key_id: str | None = None
     attempts: Mapping[str, int] = field(default_factory=dict)
+    engine_failures: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def final(self) -> bool:
