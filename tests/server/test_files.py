@@ -54,6 +54,17 @@ def test_files_are_listed_in_pages(client: OpenAI) -> None:
         client.files.delete(file_id)
 
 
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches"])
+@pytest.mark.parametrize(
+    "limit", ["0", "-1", "x", "%C2%B2", "0" * 8 + "1" + "9" * 4, "0" * 8 + "1" + "0" * 4300]
+)
+def test_limits_that_are_none(http: httpx.Client, path: str, limit: str) -> None:
+    """Among them numbers whose first nine digits are a good one."""
+    reply = http.get(f"{path}?limit={limit}")
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == "limit"
+
+
 def test_a_file_expires(client: OpenAI) -> None:
     after: Any = {"anchor": "created_at", "seconds": 3600}
     file = upload(client, expires_after=after)

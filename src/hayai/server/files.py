@@ -194,7 +194,7 @@ class Page:
         if unknown is not None:
             raise _bad(unknown[:100], f"unknown query parameter: {unknown[:100]}", "unknown_parameter")
         limit = query.get("limit", str(default))
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= most):
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= most):
             raise _bad("limit", f"limit must be from 1 to {most}: {limit[:40]!r}")
         order = query.get("order", "desc")
         if order not in ("asc", "desc"):
@@ -276,7 +276,7 @@ async def _receive(request: Request, path: Path) -> Form:
         raise ApiError(415, message, code="unsupported_media_type")
     limit = MAX_FILE_BYTES + MAX_PARTS * (MAX_FIELD_BYTES + 8192)
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared[:18]) > limit:
+    if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
         raise _too_large()
     with open(path, "wb") as out:
         reader = _FormReader(out, boundary)
