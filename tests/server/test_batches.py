@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +353,63 @@ def test_a_batch_expires(inner_server: StartServer, monkeypatch: pytest.MonkeyPa
         bad = rows(client, batch.error_file_id)
         assert {row["error"]["code"] for row in bad} == {"batch_expired"}
         assert batch.request_counts.completed + len(bad) == 300
+
+
+def test_a_batch_that_expired_stays_so(inner_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is interrupted when every line has its row, the last ones as expired, and picked up again."""
+    finalize, interrupted = BatchStore.finalize, []
+
+    def fail_once(self: BatchStore, batch: Batch, status: str) -> Batch:
+        if not interrupted:
+            found = self.batch(batch.tenant, batch.id)
+            assert found is not None
+            interrupted.append(found)
+            raise OSError("the disk is full")
+        return finalize(self, batch, status)
+
+    monkeypatch.setattr(BatchStore, "finalize", fail_once)
+    monkeypatch.setattr(batches, "window_seconds", lambda window: 1)
+    with start(inner_server, batch_parallel=1) as client:
+        lines = [text_line(str(i), max_tokens=200, ignore_eos=True) for i in range(300)]
+        batch = ended(client, create(client, lines, COMPLETION).id)
+        (before,) = interrupted
+        assert before.status == "finalizing" and before.completed + before.failed == before.total == 300
+        assert batch.status == "expired" and batch.expired_at >= batch.expires_at
+        assert batch.completed_at is None
+        assert {row["error"]["code"] for row in rows(client, batch.error_file_id)} == {"batch_expired"}
+
+
+def test_a_batch_cancelled_as_it_ends_is_cancelled(
+    inner_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last look at a batch and its entry as finalizing."""
+    update = BatchStore.update_batch
+
+    def cancel_first(self: BatchStore, batch_id: str, expected: Any, **changes: Any) -> Batch | None:
+        if changes.get("status") == "finalizing":
+            update(self, batch_id, ("in_progress",), status="cancelling")
+        return update(self, batch_id, expected, **changes)
+
+    monkeypatch.setattr(BatchStore, "update_batch", cancel_first)
+    with start(inner_server) as client:
+        batch = ended(client, create(client, [chat_line("a")]).id)
+        assert batch.status == "cancelled" and batch.request_counts.completed == 1
+
+
+def test_a_batch_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """Its record lacks the fields that came later."""
+    store = BatchStore(tmp_path)
+    store.add_batch(make_batch("batch_a", status="in_progress"))
+    store.close()
+    with closing(sqlite3.connect(tmp_path / "batches.sqlite")) as db, db:
+        record = json.loads(db.execute("SELECT record FROM batches").fetchone()[0])
+        del record["outcome"], record["engine_failures"]
+        db.execute("UPDATE batches SET record = ?", (json.dumps(record),))
+        db.execute("PRAGMA user_version=1")
+    store = BatchStore(tmp_path)
+    batch = store.batch("acme", "batch_a")
+    assert batch is not None and batch.outcome is None and batch.engine_failures == {}
+    store.close()
 
 
 def test_batches_wait_for_people(inner_server: StartServer) -> None:

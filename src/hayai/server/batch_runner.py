@@ -221,17 +221,15 @@ class BatchRunner:
             batch = await self._fresh(batch)
         if batch.final:
             return True
-        whole = batch.completed + batch.failed >= batch.total
-        if batch.status == "cancelling":
-            status = "cancelled"
-        elif whole:
-            status = "completed"
-        elif time.time() >= batch.expires_at:
-            status = "expired"
-        else:
+        status = _outcome(batch)
+        if status is None:
             return False
         if batch.status == "in_progress":
-            batch = await self._update(batch, ("in_progress",), status="finalizing") or batch
+            # with the outcome: once `_give_up` has begun, the counts no longer tell it
+            entered = await self._update(batch, ("in_progress",), status="finalizing", outcome=status)
+            if entered is None:
+                return False  # cancelled just now
+            batch = entered
         if status != "completed":
             await self._give_up(batch, status)
         await asyncio.to_thread(self.store.finalize, batch, status)
@@ -406,6 +404,17 @@ _UNRUN = {
     "expired": ("batch_expired", "this request was not run before the completion window ended"),
     "cancelled": ("batch_cancelled", "this request was not run before the batch was cancelled"),
 }
+
+
+def _outcome(batch: Batch) -> str | None:
+    """The final state that a batch is to end in; None where lines have to be run yet."""
+    if batch.outcome is not None:
+        return batch.outcome
+    if batch.status == "cancelling":
+        return "cancelled"
+    if batch.completed + batch.failed >= batch.total:
+        return "completed"
+    return "expired" if time.time() >= batch.expires_at else None
 
 
 def _one_more(counts: Mapping[str, int], number: int) -> dict[str, int]:

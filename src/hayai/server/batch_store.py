@@ -76,7 +76,7 @@ class Batch:
     """A batch's card. key_id: whose work it is. times: when it came into each state. errors: those of
     validation: (code, message, param, line from 0). attempts: line -> how often a server that stopped has cut
     it off; lines that never were are not listed. engine_failures: the same, of the engine failing under it.
-    """
+    outcome: the final state that a batch in 'finalizing' is on its way to."""
 
     id: str
     tenant: str
@@ -102,6 +102,7 @@ class Batch:
     key_id: str | None = None
     attempts: Mapping[str, int] = field(default_factory=dict)
     engine_failures: Mapping[str, int] = field(default_factory=dict)
+    outcome: str | None = None
 
     @property
     def final(self) -> bool:
