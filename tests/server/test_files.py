@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,35 @@ def test_a_file_that_is_too_large(inner_server: Any, monkeypatch: pytest.MonkeyP
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "storage_full")
     left = list((tmp_path / "batches" / "files").iterdir())
     assert len(left) == 1, "what was refused stays on the disk"
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_TENANT_FILES", 1), ("MAX_TENANT_BYTES", 1500)])
+def test_uploads_at_once_share_the_limit(
+    inner_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, value: int
+) -> None:
+    """Another upload begins and ends in the middle of one: there is room for the first to end."""
+    monkeypatch.setattr(files_module, limit, value)
+    server: InnerServer = inner_server(state_dir=tmp_path)
+    url = f"{server.url}/v1/files"
+    contents = tmp_path / "batches" / "files"
+
+    def halves() -> Iterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        yield b"x" * 500
+        end = time.monotonic() + 10
+        while not list(contents.iterdir()):  # it has been let in
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        other = httpx.post(url, files={"file": b"x" * 1000}, data={"purpose": "batch"})
+        assert other.status_code == 200, other.text
+        yield b"x" * 500 + b"\r\n--b--\r\n"
+
+    reply = httpx.post(url, content=halves(), headers=_FORM)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "storage_full")
+    assert len(list(contents.iterdir())) == 1, "what was refused stays on the disk"
+    listed = httpx.get(url).json()["data"]
+    assert [file["bytes"] for file in listed] == [1000]
 
 
 _FORM = {"content-type": "multipart/form-data; boundary=b"}

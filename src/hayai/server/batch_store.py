@@ -58,6 +58,15 @@ FINAL = ("completed", "failed", "expired", "cancelled")
 """States that a batch goes through, and those that it stays in."""
 
 
+class StorageFull(Exception):
+    """A tenant has no room for another file: it has `number` files of `size` bytes."""
+
+    def __init__(self, number: int, size: int) -> None:
+        super().__init__(f"{number} files, {size} bytes")
+        self.number = number
+        self.size = size
+
+
 @dataclass(frozen=True)
 class StoredFile:
     """A file's card. Times: Unix seconds."""
@@ -214,15 +223,27 @@ class BatchStore:
         file_id = f"file-{secrets.token_hex(16)}"
         return file_id, self._contents / f"{file_id}.part"
 
-    def add_file(self, file: StoredFile) -> None:
-        """The content at `new_content`'s path becomes a file: synced, renamed, entered."""
+    def add_file(self, file: StoredFile, max_files: int | None = None, max_bytes: int | None = None) -> None:
+        """The content at `new_content`'s path becomes a file: synced, renamed, entered.
+
+        max_files, max_bytes: what the tenant may have with it. Where that is too little: StorageFull, and the
+        content is gone. Checked in the transaction that enters it, so that parallel uploads count.
+        """
         path = self.content_path(file.id)
         part = path.with_name(f"{file.id}.part")
         sync_file(part)
         os.replace(part, path)
         sync_folder(self._contents)
-        with self._transaction() as db:
-            _insert_file(db, file)
+        try:
+            with self._transaction() as db:
+                number, size = self.usage(file.tenant)
+                over = max_files is not None and number + 1 > max_files
+                if over or (max_bytes is not None and size + file.bytes > max_bytes):
+                    raise StorageFull(number, size)
+                _insert_file(db, file)
+        except StorageFull:
+            path.unlink(missing_ok=True)
+            raise
 
     def content_path(self, file_id: str) -> Path:
         """Where a file's content lies. The id is one of ours."""

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from hayai.server.batch_store import BatchStore, StoredFile
+from hayai.server.batch_store import BatchStore, StorageFull, StoredFile
 from hayai.server.context import ServerContext
 from hayai.server.errors import ApiError
 from hayai.server.openai_routes import json_response
@@ -82,8 +82,7 @@ class _Files:
         store = self.store
         number, size = await asyncio.to_thread(store.usage, principal.tenant)
         if number >= MAX_TENANT_FILES or size >= MAX_TENANT_BYTES:
-            message = f"the storage is full: {number} files, {size} bytes; delete what is not needed"
-            raise ApiError(413, message, code="storage_full")
+            raise _storage_full(number, size)
         file_id, path = store.new_content()
         try:
             form = await _receive(request, path)
@@ -91,7 +90,9 @@ class _Files:
             file = StoredFile(
                 file_id, principal.tenant, form.purpose, form.filename, form.size, now, form.expires_at(now)
             )
-            await asyncio.to_thread(store.add_file, file)
+            await asyncio.to_thread(store.add_file, file, MAX_TENANT_FILES, MAX_TENANT_BYTES)
+        except StorageFull as full:
+            raise _storage_full(full.number, full.size) from None
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -292,6 +293,11 @@ async def _receive(request: Request, path: Path) -> Form:
         raise _bad("file", "the form ends in the middle", "invalid_multipart")
     reader.form.check()
     return reader.form
+
+
+def _storage_full(number: int, size: int) -> ApiError:
+    message = f"the storage is full: {number} files, {size} bytes; delete what is not needed"
+    return ApiError(413, message, code="storage_full")
 
 
 def _too_large() -> ApiError:
