@@ -200,8 +200,9 @@ def test_models(claude: Anthropic, http: httpx.Client) -> None:
     assert claude.models.retrieve("default").id == "tiny-chat"
     with pytest.raises(anthropic.NotFoundError, match="served here: tiny-chat"):
         claude.models.retrieve("claude-9")
-    with pytest.raises(anthropic.BadRequestError, match="limit must be"):
-        claude.models.list(limit=0)
+    for limit in ("0", "1001", "00000000199999", "9" * 5000):
+        with pytest.raises(anthropic.BadRequestError, match="limit must be"):
+            claude.models.list(extra_query={"limit": limit})
     with pytest.raises(anthropic.BadRequestError, match="no such model"):
         claude.models.list(after_id="x")
     assert http.get("/v1/models").json()["object"] == "list"

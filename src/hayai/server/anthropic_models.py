@@ -38,7 +38,7 @@ def anthropic_model_list(
     parameter that is wrong."""
     names = context.model_names(principal)
     limit = query.get("limit", str(_DEFAULT_PAGE))
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= _MAX_PAGE):
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= _MAX_PAGE):
         message = f"limit must be a number from 1 to {_MAX_PAGE}: {limit[:40]!r}"
         raise RequestError(message, param="limit", code="invalid_value")
     size = int(limit)
